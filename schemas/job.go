@@ -1,0 +1,110 @@
+package schemas
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+)
+
+// Headers of a job on the bus. Trace context travels beside them, as the W3C
+// headers traceparent and tracestate.
+const (
+	// HeaderMsgID is JetStream's deduplication id. It holds tenant, request and
+	// attempt: ids are unique in a whole stream, so without the tenant one tenant
+	// could swallow another's job, and without the attempt a failover's second
+	// publish would vanish as a duplicate.
+	HeaderMsgID = "Nats-Msg-Id"
+	// HeaderTTL is JetStream's message TTL, in whole seconds.
+	HeaderTTL = "Nats-TTL"
+)
+
+// MaxInlineBody is the largest request body, in bytes, that travels inside a job.
+// A larger one stays with the owner, and the worker fetches it in pieces of at most
+// BodyPiece bytes.
+const (
+	MaxInlineBody = 512 << 10
+	BodyPiece     = 128 << 10
+)
+
+// Job is the head of a job: all that a worker has to know to run one attempt of one
+// request. On the wire it is one line of JSON, followed by the client's own body,
+// byte for byte, unless BodySize says that the body is fetched.
+type Job struct {
+	Version int       `json:"v"`
+	Request RequestID `json:"request"`
+	Attempt int       `json:"attempt"`
+	Nonce   Nonce     `json:"nonce"`
+	Owner   OwnerID   `json:"owner"`
+	Tenant  TenantID  `json:"tenant"`
+	Key     KeyID     `json:"key,omitempty"`
+	// Operation is the API operation: "chat".
+	Operation string `json:"operation"`
+	// Model is the id under which the agent advertises the model.
+	Model string `json:"model"`
+	// Deadline ends the attempt, in Unix milliseconds.
+	Deadline int64 `json:"deadline_ms"`
+	// ColdWait is how long, in milliseconds, a request waits for a model that has to
+	// be loaded first; then it gets model_loading.
+	ColdWait int64 `json:"cold_wait_ms"`
+	// Stream and IncludeUsage are what the client asked for.
+	Stream       bool `json:"stream,omitempty"`
+	IncludeUsage bool `json:"include_usage,omitempty"`
+	// Completion, Created and ReplyModel go into every chunk of the reply.
+	Completion string `json:"completion"`
+	Created    int64  `json:"created"`
+	ReplyModel string `json:"reply_model"`
+	// BodySize is the size of a body that is fetched from the owner; 0 says that the
+	// body follows the head.
+	BodySize int `json:"body_size,omitempty"`
+}
+
+// MsgID is the deduplication id of the job.
+func (j *Job) MsgID() string {
+	return fmt.Sprintf("%s:%s:%d", j.Tenant, j.Request, j.Attempt)
+}
+
+// Encode returns the payload of the job: the head, a newline, and the body unless
+// it is to be fetched.
+func (j *Job) Encode(body string) ([]byte, error) {
+	if j.BodySize != 0 {
+		body = ""
+	}
+	head, err := json.Marshal(j)
+	if err != nil {
+		return nil, fmt.Errorf("encode job %s: %w", j.Request, err)
+	}
+	payload := make([]byte, 0, len(head)+1+len(body))
+	payload = append(payload, head...)
+	payload = append(payload, '\n')
+	return append(payload, body...), nil
+}
+
+// DecodeJob reads the payload of a job. The body that it returns is a part of the
+// payload, and is nil if it is to be fetched from the owner.
+func DecodeJob(payload []byte) (*Job, []byte, error) {
+	head, body, ok := bytes.Cut(payload, []byte{'\n'})
+	if !ok {
+		return nil, nil, errors.New("job has no head")
+	}
+	var j Job
+	if err := json.Unmarshal(head, &j); err != nil {
+		return nil, nil, fmt.Errorf("job head: %w", err)
+	}
+	switch {
+	case j.Version != ProtocolVersion:
+		return nil, nil, fmt.Errorf("job has protocol version %d, want %d", j.Version, ProtocolVersion)
+	case j.Request == "" || j.Nonce == "" || j.Owner == "" || j.Tenant == "" || j.Model == "" || j.Operation == "":
+		return nil, nil, errors.New("job lacks a field that it must have")
+	case j.BodySize < 0 || j.BodySize > 0 && len(body) > 0:
+		return nil, nil, errors.New("job has a body that it says is elsewhere")
+	case j.BodySize > 0:
+		return &j, nil, nil
+	}
+	return &j, body, nil
+}
+
+// BodyRequest asks the owner of an attempt for a piece of its body.
+type BodyRequest struct {
+	Offset int `json:"offset"`
+}

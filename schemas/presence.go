@@ -1,0 +1,130 @@
+package schemas
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+)
+
+// ModelState is whether a model can answer.
+type ModelState string
+
+const (
+	// ModelReady is in memory.
+	ModelReady ModelState = "ready"
+	// ModelCold is installed, but not in memory: the first request loads it.
+	ModelCold ModelState = "cold"
+	// ModelLoading is on its way into memory.
+	ModelLoading ModelState = "loading"
+	// ModelFailed can't answer: its backend is down or broken.
+	ModelFailed ModelState = "failed"
+)
+
+// Capabilities are what a model can do, as the backend tells it or the operator
+// states it.
+type Capabilities struct {
+	Completion bool `json:"completion"`
+	Vision     bool `json:"vision"`
+	Embedding  bool `json:"embedding"`
+	Tools      bool `json:"tools"`
+	Thinking   bool `json:"thinking"`
+}
+
+// Model is one model of an agent, as it advertises it.
+type Model struct {
+	// ID is what clients ask for: the backend's own id, or the operator's alias.
+	ID           string       `json:"id"`
+	Capabilities Capabilities `json:"capabilities"`
+	// ContextWindow is the effective window in tokens, 0 if the backend doesn't tell.
+	ContextWindow  int        `json:"context_window"`
+	SizeMB         int        `json:"size_mb"`
+	RuntimeProfile string     `json:"runtime_profile"`
+	Created        int64      `json:"created"`
+	State          ModelState `json:"state"`
+	// Detail says why the model is loading or failed, for people.
+	Detail string `json:"detail,omitempty"`
+	// LoadMS is the estimate of what is left of a load, in milliseconds; 0: unknown.
+	LoadMS int64 `json:"load_ms,omitempty"`
+	// Backend is the kind of server that has it: ollama, vllm, llamacpp, openai, demo.
+	Backend string `json:"backend"`
+	// Slots is how many requests that backend runs at once, over all its models.
+	Slots int `json:"slots"`
+}
+
+// Inventory is what an agent offers.
+type Inventory struct {
+	Models []Model `json:"models"`
+}
+
+// Hash identifies the content of the inventory, so that a heartbeat needn't carry it.
+func (inv Inventory) Hash() string {
+	b, err := json.Marshal(inv)
+	if err != nil {
+		panic("schemas: inventory can't be marshalled: " + err.Error()) // plain data only
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:8])
+}
+
+// AgentState is what a heartbeat says of the worker as a whole.
+type AgentState string
+
+const (
+	// AgentUp takes work.
+	AgentUp AgentState = "up"
+	// AgentDraining finishes what it has and takes nothing new.
+	AgentDraining AgentState = "draining"
+	// AgentBye is the last word of a worker that stops cleanly.
+	AgentBye AgentState = "bye"
+)
+
+// Heartbeat is published by a worker once a second. Tenant and agent are in the
+// subject. It is small; the inventory rides along only when it has changed, and
+// whoever misses it asks on the control subject.
+type Heartbeat struct {
+	Version     int         `json:"v"`
+	Incarnation Incarnation `json:"incarnation"`
+	State       AgentState  `json:"state"`
+	// Hash is the hash of the current inventory.
+	Hash      string     `json:"inventory_hash"`
+	Inventory *Inventory `json:"inventory,omitempty"`
+	// Running and Waiting count the jobs at the worker, with and without a slot.
+	Running int `json:"running"`
+	Waiting int `json:"waiting"`
+	Slots   int `json:"slots"`
+}
+
+// Hello is how a worker introduces itself to a broker, on connecting and whenever
+// its inventory changes.
+type Hello struct {
+	Version     int         `json:"v"`
+	Incarnation Incarnation `json:"incarnation"`
+	Software    string      `json:"software"`
+	Host        string      `json:"host"`
+	Inventory   Inventory   `json:"inventory"`
+}
+
+// Welcome is the broker's answer to a Hello: for each model the consumer to pull
+// its jobs from, or the reason why not.
+type Welcome struct {
+	Stream    string            `json:"stream,omitempty"`
+	Consumers map[string]string `json:"consumers,omitempty"` // by model id
+	Error     *Error            `json:"error,omitempty"`
+}
+
+// The operations of a Control request.
+const (
+	// ControlCancel stops the run of one attempt.
+	ControlCancel = "cancel"
+	// ControlInventory asks for the full heartbeat, inventory included.
+	ControlInventory = "inventory"
+	// ControlPing asks whether anybody is there.
+	ControlPing = "ping"
+)
+
+// Control is a request from an owner or a broker to a live worker.
+type Control struct {
+	Operation string `json:"operation"`
+	Nonce     Nonce  `json:"nonce,omitempty"`
+	Reason    string `json:"reason,omitempty"`
+}

@@ -1,0 +1,160 @@
+package schemas
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Prefix begins every subject of the protocol.
+const Prefix = "ownllm.v1."
+
+// The streams of JetStream.
+const (
+	// JobStream is the work queue of admitted jobs.
+	JobStream = "OWNLLM_JOBS"
+	// JobSubjects is what JobStream captures.
+	JobSubjects = Prefix + "job.>"
+)
+
+// JobSubject is ownllm.v1.job.<tenant>.<agent>.<model>: the owner of a request
+// publishes, JobStream stores, the worker of that agent pulls. One exact subject
+// is one bounded queue.
+func JobSubject(t TenantID, a AgentID, model string) string {
+	return Prefix + "job." + EncodeToken(string(t)) + "." + EncodeToken(string(a)) + "." + EncodeToken(model)
+}
+
+// OutSubject is ownllm.v1.out.<agent>.<owner>.<nonce>: the frames of one attempt,
+// from the worker to the owner of the request.
+func OutSubject(a AgentID, o OwnerID, n Nonce) string {
+	return Prefix + "out." + EncodeToken(string(a)) + "." + EncodeToken(string(o)) + "." + string(n)
+}
+
+// OutWildcard is ownllm.v1.out.*.<owner>.*: all frames for one owner.
+func OutWildcard(o OwnerID) string {
+	return Prefix + "out.*." + EncodeToken(string(o)) + ".*"
+}
+
+// BodySubject is ownllm.v1.body.<agent>.<owner>.<nonce>: a worker asks the owner for
+// a piece of a request body that is too large to travel in the job.
+func BodySubject(a AgentID, o OwnerID, n Nonce) string {
+	return Prefix + "body." + EncodeToken(string(a)) + "." + EncodeToken(string(o)) + "." + string(n)
+}
+
+// BodyWildcard is ownllm.v1.body.*.<owner>.*: all body requests to one owner.
+func BodyWildcard(o OwnerID) string {
+	return Prefix + "body.*." + EncodeToken(string(o)) + ".*"
+}
+
+// LastToken returns the last token of a subject, undecoded: the nonce of an out or
+// body subject.
+func LastToken(subject string) string {
+	return subject[strings.LastIndexByte(subject, '.')+1:]
+}
+
+// ControlSubject is ownllm.v1.ctl.<agent>: requests from owners to a live worker.
+// No responder means that no worker of that agent is connected.
+func ControlSubject(a AgentID) string { return Prefix + "ctl." + EncodeToken(string(a)) }
+
+// HeartbeatSubject is ownllm.v1.hb.<tenant>.<agent>: a worker's heartbeat, to every
+// edge and broker.
+func HeartbeatSubject(t TenantID, a AgentID) string {
+	return Prefix + "hb." + EncodeToken(string(t)) + "." + EncodeToken(string(a))
+}
+
+// HeartbeatWildcard is ownllm.v1.hb.>: every heartbeat.
+const HeartbeatWildcard = Prefix + "hb.>"
+
+// HelloSubject is ownllm.v1.hello.<tenant>.<agent>: a worker tells the brokers, by
+// request, which models it offers, and hears which consumers to pull from.
+func HelloSubject(t TenantID, a AgentID) string {
+	return Prefix + "hello." + EncodeToken(string(t)) + "." + EncodeToken(string(a))
+}
+
+// HelloWildcard is ownllm.v1.hello.*.*: every hello.
+const HelloWildcard = Prefix + "hello.*.*"
+
+// ParseAgentSubject splits the subject of a heartbeat or hello into the tenant and
+// the agent that it names. The subject is what permissions are enforced on, so it,
+// and never the payload, says who speaks.
+func ParseAgentSubject(subject string) (TenantID, AgentID, error) {
+	rest, ok := strings.CutPrefix(subject, Prefix)
+	if !ok {
+		return "", "", fmt.Errorf("subject %q is outside %q", subject, Prefix)
+	}
+	parts := strings.Split(rest, ".")
+	if len(parts) != 3 || parts[0] != "hb" && parts[0] != "hello" {
+		return "", "", fmt.Errorf("subject %q isn't of an agent", subject)
+	}
+	t, err := DecodeToken(parts[1])
+	if err != nil {
+		return "", "", fmt.Errorf("tenant of subject %q: %w", subject, err)
+	}
+	a, err := DecodeToken(parts[2])
+	if err != nil {
+		return "", "", fmt.Errorf("agent of subject %q: %w", subject, err)
+	}
+	return TenantID(t), AgentID(a), nil
+}
+
+const upperHex = "0123456789ABCDEF"
+
+func plain(c byte) bool {
+	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '_' || c == '-'
+}
+
+// EncodeToken makes one subject token of any string: letters, digits, '_' and '-'
+// stay, every other byte becomes '=' and two upper-case hex digits, and the empty
+// string becomes a lone '='. So neither a dot nor a wildcard, a space or a control
+// character gets into a subject, and the model id comes back unchanged.
+func EncodeToken(s string) string {
+	escapes := 0
+	for i := 0; i < len(s); i++ {
+		if !plain(s[i]) {
+			escapes++
+		}
+	}
+	if escapes == 0 {
+		if s == "" {
+			return "="
+		}
+		return s
+	}
+	b := make([]byte, 0, len(s)+2*escapes)
+	for i := 0; i < len(s); i++ {
+		if c := s[i]; plain(c) {
+			b = append(b, c)
+		} else {
+			b = append(b, '=', upperHex[c>>4], upperHex[c&15])
+		}
+	}
+	return string(b)
+}
+
+// DecodeToken is the inverse of EncodeToken. It accepts only what EncodeToken
+// makes, so that two tokens never mean the same string.
+func DecodeToken(token string) (string, error) {
+	if token == "=" {
+		return "", nil
+	}
+	b := make([]byte, 0, len(token))
+	for i := 0; i < len(token); i++ {
+		c := token[i]
+		if plain(c) {
+			b = append(b, c)
+			continue
+		}
+		if c != '=' || i+2 >= len(token) {
+			return "", fmt.Errorf("subject token %q: bad byte at %d", token, i)
+		}
+		hi, lo := strings.IndexByte(upperHex, token[i+1]), strings.IndexByte(upperHex, token[i+2])
+		if hi < 0 || lo < 0 || plain(byte(hi<<4|lo)) {
+			return "", fmt.Errorf("subject token %q: bad escape at %d", token, i)
+		}
+		b = append(b, byte(hi<<4|lo))
+		i += 2
+	}
+	if len(b) == 0 {
+		return "", fmt.Errorf("subject token is empty")
+	}
+	return string(b), nil
+}
