@@ -184,7 +184,7 @@ func (e *Error) RetryAfterSeconds() int {
 			return 0
 		}
 	}
-	return int((d + time.Second - 1) / time.Second)
+	return int((d-1)/time.Second) + 1
 }
 
 // Retryable reports whether trying again can help: the x-should-retry header that
@@ -195,10 +195,11 @@ func (e *Error) Retryable() bool { return e.Code != CodeBudgetExceeded }
 // AppendJSON appends the OpenAI error envelope: {"error":{message,type,param,code}}.
 // param is null when no field is to blame, code is never null.
 func (e *Error) AppendJSON(dst []byte) []byte {
+	info := e.Code.Info()
 	dst = append(dst, `{"error":{"message":`...)
 	dst = AppendString(dst, e.Message)
 	dst = append(dst, `,"type":"`...)
-	dst = append(dst, e.Code.Info().Type...)
+	dst = append(dst, info.Type...)
 	dst = append(dst, `","param":`...)
 	if e.Param == "" {
 		dst = append(dst, "null"...)
@@ -206,7 +207,7 @@ func (e *Error) AppendJSON(dst []byte) []byte {
 		dst = AppendString(dst, e.Param)
 	}
 	dst = append(dst, `,"code":"`...)
-	dst = append(dst, e.Code...)
+	dst = append(dst, info.Code...)
 	return append(dst, `"}}`...)
 }
 
@@ -218,6 +219,10 @@ type errorJSON struct {
 	Param        string `json:"param,omitempty"`
 	RetryAfterMS int64  `json:"retry_after_ms,omitempty"`
 }
+
+// maxRetryAfter bounds the advice that is taken from another part: more than a month
+// is nothing that a code of the contract can mean.
+const maxRetryAfter = 31 * 24 * time.Hour
 
 // MarshalJSON implements json.Marshaler with the form that the parts of OwnLLM
 // exchange; clients get AppendJSON.
@@ -236,7 +241,8 @@ func (e *Error) UnmarshalJSON(b []byte) error {
 		w.Message = "unknown code " + strconv.Quote(string(w.Code)) + ": " + w.Message
 		w.Code = CodeInternalError
 	}
-	*e = Error{w.Code, w.Message, w.Param, time.Duration(w.RetryAfterMS) * time.Millisecond}
+	wait := min(max(w.RetryAfterMS, 0), maxRetryAfter.Milliseconds())
+	*e = Error{w.Code, w.Message, w.Param, time.Duration(wait) * time.Millisecond}
 	return nil
 }
 

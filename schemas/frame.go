@@ -13,7 +13,8 @@ type FrameKind string
 
 const (
 	// FrameClaim opens a run: the worker asks the owner, by request, whether it may
-	// run the job. Its sequence number is 0.
+	// run the job. Like FrameProgress it has the number of the last frame sent, so 0 at
+	// first, and is repeated until it is answered.
 	FrameClaim FrameKind = "claim"
 	// FrameChunk carries one or more lines, each an OpenAI chunk as JSON; of a reply
 	// that isn't streamed, a piece of its body.
@@ -66,7 +67,7 @@ type Frame struct {
 // AppendFrame appends the wire form of the frame. The head of a chunk frame, of
 // which there are as many as tokens, is written by hand.
 func AppendFrame(dst []byte, f *Frame) ([]byte, error) {
-	if f.Kind == FrameChunk && f.Usage == nil && f.Error == nil && !f.Loading && f.PromptTokens == 0 {
+	if f.Kind == FrameChunk && f.Usage == nil && f.Error == nil && !f.Loading && f.PromptTokens == 0 && plainToken(f.Run) {
 		dst = append(dst, chunkHead...)
 		dst = append(dst, f.Run...)
 		dst = append(dst, chunkSeq...)
@@ -108,6 +109,8 @@ func DecodeFrame(b []byte) (Frame, error) {
 	switch {
 	case f.Run == "":
 		return Frame{}, errors.New("frame has no run")
+	case f.Tokens < 0, f.PromptTokens < 0, f.Usage != nil && (f.Usage.PromptTokens < 0 || f.Usage.CompletionTokens < 0):
+		return Frame{}, errors.New("frame has a negative count of tokens")
 	case f.Kind == FrameClaim, f.Kind == FrameProgress, f.Kind == FrameChunk, f.Kind == FrameDone:
 		return f, nil
 	case f.Kind == FrameError && f.Error != nil:
@@ -126,7 +129,7 @@ func decodeChunkHead(head []byte) (f Frame, ok bool) {
 		return f, false
 	}
 	end := bytes.IndexByte(rest, '"')
-	if end <= 0 || bytes.IndexByte(rest[:end], '\\') >= 0 {
+	if end < 0 || !plainToken(rest[:end]) {
 		return f, false
 	}
 	f.Kind, f.Run = FrameChunk, string(rest[:end])
@@ -159,10 +162,15 @@ type Verdict struct {
 	// Go says to go on; otherwise the run has to stop, and Reason says why.
 	Go     bool   `json:"go"`
 	Reason string `json:"reason,omitempty"`
-	// Next is the number of the frame that the owner expects next. A worker that has
-	// sent more sends again from there.
+	// Seq is the number that the frame had, and Next the number that the owner expects
+	// next. When Next isn't above Seq, something got lost on the way, and the worker
+	// sends again from Next.
+	Seq  uint64 `json:"seq"`
 	Next uint64 `json:"next,omitempty"`
 }
+
+// Encode returns the wire form of the verdict.
+func (v Verdict) Encode() []byte { return mustMarshal(v) }
 
 // The reasons of a Verdict that stops a run.
 const (

@@ -108,3 +108,18 @@ func DecodeJob(payload []byte) (*Job, []byte, error) {
 type BodyRequest struct {
 	Offset int `json:"offset"`
 }
+
+// Encode returns the wire form of the request.
+func (b BodyRequest) Encode() []byte { return mustMarshal(b) }
+
+// DecodeBodyRequest reads the wire form of a BodyRequest and returns its offset.
+func DecodeBodyRequest(b []byte) (int, error) {
+	var r BodyRequest
+	if err := json.Unmarshal(b, &r); err != nil {
+		return 0, fmt.Errorf("body request: %w", err)
+	}
+	if r.Offset < 0 {
+		return 0, fmt.Errorf("body request: offset %d is negative", r.Offset)
+	}
+	return r.Offset, nil
+}

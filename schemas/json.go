@@ -1,6 +1,9 @@
 package schemas
 
-import "unicode/utf8"
+import (
+	"encoding/json"
+	"unicode/utf8"
+)
 
 const hexDigits = "0123456789abcdef"
 
@@ -49,4 +52,14 @@ func AppendString(dst []byte, s string) []byte {
 	}
 	dst = append(dst, s[start:]...)
 	return append(dst, '"')
+}
+
+// mustMarshal encodes a wire type of this package. They are plain data, which
+// encoding/json never refuses.
+func mustMarshal(v any) []byte {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic("schemas: wire type can't be marshalled: " + err.Error())
+	}
+	return b
 }

@@ -3,7 +3,6 @@ package schemas
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 )
 
 // ModelState is whether a model can answer.
@@ -58,11 +57,7 @@ type Inventory struct {
 
 // Hash identifies the content of the inventory, so that a heartbeat needn't carry it.
 func (inv Inventory) Hash() string {
-	b, err := json.Marshal(inv)
-	if err != nil {
-		panic("schemas: inventory can't be marshalled: " + err.Error()) // plain data only
-	}
-	sum := sha256.Sum256(b)
+	sum := sha256.Sum256(mustMarshal(inv))
 	return hex.EncodeToString(sum[:8])
 }
 
@@ -128,3 +123,15 @@ type Control struct {
 	Nonce     Nonce  `json:"nonce,omitempty"`
 	Reason    string `json:"reason,omitempty"`
 }
+
+// Encode returns the wire form of the request.
+func (c Control) Encode() []byte { return mustMarshal(c) }
+
+// Encode returns the wire form of the heartbeat.
+func (h Heartbeat) Encode() []byte { return mustMarshal(h) }
+
+// Encode returns the wire form of the hello.
+func (h Hello) Encode() []byte { return mustMarshal(h) }
+
+// Encode returns the wire form of the answer.
+func (w Welcome) Encode() []byte { return mustMarshal(w) }

@@ -23,10 +23,15 @@ func JobSubject(t TenantID, a AgentID, model string) string {
 	return Prefix + "job." + EncodeToken(string(t)) + "." + EncodeToken(string(a)) + "." + EncodeToken(model)
 }
 
+// JobTenantWildcard is ownllm.v1.job.<tenant>.>: all queues of one tenant.
+func JobTenantWildcard(t TenantID) string {
+	return Prefix + "job." + EncodeToken(string(t)) + ".>"
+}
+
 // OutSubject is ownllm.v1.out.<agent>.<owner>.<nonce>: the frames of one attempt,
 // from the worker to the owner of the request.
 func OutSubject(a AgentID, o OwnerID, n Nonce) string {
-	return Prefix + "out." + EncodeToken(string(a)) + "." + EncodeToken(string(o)) + "." + string(n)
+	return Prefix + "out." + EncodeToken(string(a)) + "." + EncodeToken(string(o)) + "." + EncodeToken(string(n))
 }
 
 // OutWildcard is ownllm.v1.out.*.<owner>.*: all frames for one owner.
@@ -37,7 +42,7 @@ func OutWildcard(o OwnerID) string {
 // BodySubject is ownllm.v1.body.<agent>.<owner>.<nonce>: a worker asks the owner for
 // a piece of a request body that is too large to travel in the job.
 func BodySubject(a AgentID, o OwnerID, n Nonce) string {
-	return Prefix + "body." + EncodeToken(string(a)) + "." + EncodeToken(string(o)) + "." + string(n)
+	return Prefix + "body." + EncodeToken(string(a)) + "." + EncodeToken(string(o)) + "." + EncodeToken(string(n))
 }
 
 // BodyWildcard is ownllm.v1.body.*.<owner>.*: all body requests to one owner.
@@ -81,17 +86,40 @@ func ParseAgentSubject(subject string) (TenantID, AgentID, error) {
 	if !ok {
 		return "", "", fmt.Errorf("subject %q is outside %q", subject, Prefix)
 	}
-	parts := strings.Split(rest, ".")
-	if len(parts) != 3 || parts[0] != "hb" && parts[0] != "hello" {
+	kind, rest, ok := strings.Cut(rest, ".")
+	if !ok || kind != "hb" && kind != "hello" {
 		return "", "", fmt.Errorf("subject %q isn't of an agent", subject)
 	}
-	t, err := DecodeToken(parts[1])
-	if err != nil {
-		return "", "", fmt.Errorf("tenant of subject %q: %w", subject, err)
+	return parseAgent(rest)
+}
+
+// AgentInbox is <inbox>.<tenant>.<agent>: a reply subject that says whose answer
+// comes to it.
+func AgentInbox(inbox string, t TenantID, a AgentID) string {
+	return inbox + "." + EncodeToken(string(t)) + "." + EncodeToken(string(a))
+}
+
+// ParseAgentInbox is the inverse of AgentInbox.
+func ParseAgentInbox(inbox, subject string) (TenantID, AgentID, error) {
+	rest, ok := strings.CutPrefix(subject, inbox+".")
+	if !ok {
+		return "", "", fmt.Errorf("subject %q is outside %q", subject, inbox)
 	}
-	a, err := DecodeToken(parts[2])
+	return parseAgent(rest)
+}
+
+func parseAgent(tokens string) (TenantID, AgentID, error) {
+	first, second, ok := strings.Cut(tokens, ".")
+	if !ok {
+		return "", "", fmt.Errorf("%q isn't a tenant and an agent", tokens)
+	}
+	t, err := DecodeToken(first)
 	if err != nil {
-		return "", "", fmt.Errorf("agent of subject %q: %w", subject, err)
+		return "", "", fmt.Errorf("tenant: %w", err)
+	}
+	a, err := DecodeToken(second)
+	if err != nil {
+		return "", "", fmt.Errorf("agent: %w", err)
 	}
 	return TenantID(t), AgentID(a), nil
 }
@@ -100,6 +128,17 @@ const upperHex = "0123456789ABCDEF"
 
 func plain(c byte) bool {
 	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '_' || c == '-'
+}
+
+// plainToken reports whether s isn't empty and holds only plain bytes, so that neither
+// a subject nor JSON changes it.
+func plainToken[T string | []byte](s T) bool {
+	for i := range len(s) {
+		if !plain(s[i]) {
+			return false
+		}
+	}
+	return len(s) > 0
 }
 
 // EncodeToken makes one subject token of any string: letters, digits, '_' and '-'

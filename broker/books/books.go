@@ -1,0 +1,138 @@
+// Package books keeps the truth about tenants, users, API keys and agents in
+// PostgreSQL. It is the only place that speaks SQL.
+//
+// # Errors
+//
+// Input that breaks a rule, or that is a duplicate, gives an invalid_value
+// *schemas.Error that names the field; an id that nobody has gives not_found. A
+// database that can't be reached, or doesn't answer in time, gives an error that
+// wraps ErrUnavailable. No error exposes a type or code of the database driver.
+//
+// # What caches may rely on
+//
+// Every transaction that changes a tenant, user or key raises a version, and lists
+// what it changed under that version. The counter's row stays locked until the
+// transaction commits, so versions become visible in their order: a reader who
+// asked for the changes since v, and got the answer "now at w", has seen every
+// change up to w, and will see every later one. LookupKey says, out of the same
+// snapshot as the rest of its answer, at which version it looked. Old rows of the list
+// are pruned, and a reader that is behind them is told to start afresh.
+package books
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+const (
+	defaultMaxConns = 8
+	// minConns lets a migration hold its lock on one connection and work on another.
+	minConns       = 2
+	defaultTimeout = 5 * time.Second
+	// keptChanges is how many versions of the change list stay: at four looks a
+	// second nobody who is alive falls that far behind.
+	keptChanges = 10_000
+)
+
+// Config says how to reach the database.
+type Config struct {
+	// URL is postgres://user:password@host:port/database, or a DSN.
+	URL string
+	// MaxConns bounds the connections of this process; 0 stands for 8.
+	MaxConns int
+	// Timeout bounds every call, however patient its context is; 0 stands for 5 s.
+	// Migrate is exempt.
+	Timeout time.Duration
+}
+
+// Store is the books. It is safe for concurrent use.
+type Store struct {
+	pool    *pgxpool.Pool
+	timeout time.Duration
+	kept    int64 // versions of the change list that are kept
+}
+
+// Open connects to the database and makes sure that it answers. The schema is
+// Migrate's affair. The store must be closed.
+func Open(ctx context.Context, cfg Config) (*Store, error) {
+	pc, err := pgxpool.ParseConfig(cfg.URL) // its error hides the password
+	if err != nil {
+		return nil, fmt.Errorf("open the books: %w", err)
+	}
+	pc.MaxConns = defaultMaxConns
+	if cfg.MaxConns > 0 {
+		pc.MaxConns = int32(max(cfg.MaxConns, minConns))
+	}
+	timeout := cfg.Timeout
+	if timeout <= 0 {
+		timeout = defaultTimeout
+	}
+	if pc.ConnConfig.ConnectTimeout <= 0 || pc.ConnConfig.ConnectTimeout > timeout {
+		pc.ConnConfig.ConnectTimeout = timeout
+	}
+	if pc.ConnConfig.RuntimeParams["application_name"] == "" {
+		pc.ConnConfig.RuntimeParams["application_name"] = "ownllm"
+	}
+	pc.AfterConnect = func(_ context.Context, c *pgx.Conn) error {
+		c.TypeMap().RegisterType(&pgtype.Type{
+			Name: "timestamptz", OID: pgtype.TimestamptzOID,
+			Codec: &pgtype.TimestamptzCodec{ScanLocation: time.UTC},
+		})
+		return nil
+	}
+	pool, err := pgxpool.NewWithConfig(ctx, pc)
+	if err != nil {
+		return nil, fmt.Errorf("open the books: %w", err)
+	}
+	s := &Store{pool: pool, timeout: timeout, kept: keptChanges}
+	if err := s.Ping(ctx); err != nil {
+		pool.Close()
+		return nil, fmt.Errorf("open the books: %w", err)
+	}
+	return s, nil
+}
+
+// Close waits for calls in progress and closes all connections.
+func (s *Store) Close() { s.pool.Close() }
+
+// Ping reports whether the database answers.
+func (s *Store) Ping(ctx context.Context) error {
+	return s.read(ctx, "ping the books", s.pool.Ping)
+}
+
+// read runs a query that changes nothing, so it can be run again: after a restart of
+// the database the pool is full of dead connections, and the first call to find one
+// replaces them all.
+func (s *Store) read(ctx context.Context, what string, query func(context.Context) error) error {
+	bounded, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	err := query(bounded)
+	if bounded.Err() == nil && unreachable(err) {
+		s.pool.Reset()
+		err = query(bounded)
+	}
+	return translate(ctx, what, err)
+}
+
+// write runs a transaction. What it reports as changed gets the next version.
+func (s *Store) write(ctx context.Context, what string, work func(context.Context, pgx.Tx) ([]Change, error)) error {
+	bounded, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	err := pgx.BeginFunc(bounded, s.pool, func(tx pgx.Tx) error {
+		changed, err := work(bounded, tx)
+		if err != nil || len(changed) == 0 {
+			return err
+		}
+		// Last of all, because it makes every other writer wait.
+		return s.record(bounded, tx, changed)
+	})
+	if bounded.Err() == nil && unreachable(err) {
+		s.pool.Reset()
+	}
+	return translate(ctx, what, err)
+}

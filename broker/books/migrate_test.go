@@ -1,0 +1,100 @@
+package books_test
+
+import (
+	"errors"
+	"sync"
+	"testing"
+
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/internal/pgtest"
+)
+
+// shape is the schema as text: every column, constraint and index.
+const shape = `
+	SELECT coalesce(string_agg(line, E'\n' ORDER BY line), '') FROM (
+		SELECT format('%s.%s %s %s %s', table_name, column_name, data_type, is_nullable, column_default) AS line
+		FROM information_schema.columns WHERE table_schema = 'public' AND table_name NOT LIKE 'goose%'
+		UNION ALL SELECT format('%s %s', conrelid::regclass, pg_get_constraintdef(oid)) FROM pg_constraint
+		WHERE connamespace = 'public'::regnamespace AND conrelid::regclass::text NOT LIKE 'goose%'
+		UNION ALL SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' AND tablename NOT LIKE 'goose%'
+	) AS lines`
+
+func TestMigrateUpDownUp(t *testing.T) {
+	s := openAt(t, books.Config{URL: pgtest.Empty(t)})
+	look := func() string {
+		t.Helper()
+		text, err := books.Query[string](t.Context(), s, shape)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return text
+	}
+	if err := s.Migrate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	up := look()
+	household(t, s, "acme")
+	if err := s.Migrate(t.Context()); err != nil {
+		t.Fatal("again: ", err)
+	}
+	if _, err := s.GetTenant(t.Context(), "acme"); err != nil {
+		t.Error("migrating again lost something: ", err)
+	}
+	for version := int64(2); version >= 0; version-- {
+		if err := s.DownTo(t.Context(), version); err != nil {
+			t.Fatalf("down to %d: %v", version, err)
+		}
+	}
+	if down := look(); down != "" {
+		t.Errorf("left after all the way down:\n%s", down)
+	}
+	if err := s.Migrate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if again := look(); again != up || up == "" {
+		t.Errorf("after up, down, up:\n%s\nafter up:\n%s", again, up)
+	}
+}
+
+func TestMigrateAtOnce(t *testing.T) {
+	address := pgtest.Empty(t)
+	var wg sync.WaitGroup
+	for range 8 {
+		s := openAt(t, books.Config{URL: address, MaxConns: 1})
+		wg.Go(func() {
+			if err := s.Migrate(t.Context()); err != nil {
+				t.Error(err)
+			}
+			if _, err := s.Changes(t.Context(), -1); err != nil {
+				t.Error("migrated, and yet: ", err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func TestMigrateNewerSchema(t *testing.T) {
+	s := open(t)
+	if err := s.Exec(t.Context(), `INSERT INTO goose_db_version (version_id, is_applied) VALUES (999, true)`); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Migrate(t.Context()); !errors.Is(err, books.ErrNewerSchema) {
+		t.Errorf("got %v", err)
+	}
+	// The lock is free again.
+	if err := s.Exec(t.Context(), `DELETE FROM goose_db_version WHERE version_id = 999`); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Migrate(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestMigrateUnavailable(t *testing.T) {
+	proxy := pgtest.NewProxy(t, pgtest.New(t))
+	s := openAt(t, books.Config{URL: proxy.URL()})
+	proxy.Cut()
+	if err := s.Migrate(t.Context()); !errors.Is(err, books.ErrUnavailable) {
+		t.Errorf("got %v", err)
+	}
+}

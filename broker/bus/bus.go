@@ -1,0 +1,106 @@
+// Package bus connects the parts of OwnLLM to NATS and holds the queue of jobs.
+//
+// A connection reconnects for ever and never buffers what is published while it is
+// down: a token or a heartbeat that arrives late is worse than one that is missing,
+// since sequence numbers and the next beat repair the loss.
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// Config says where the bus is and who connects.
+type Config struct {
+	// URL is one or several addresses, comma-separated.
+	URL string
+	// Name is shown in the server's list of connections.
+	Name string
+	// Token is the shared secret of edges, brokers and workers, unless CredentialsFile
+	// is set.
+	Token string
+	// CredentialsFile holds a NATS user JWT and its seed.
+	CredentialsFile string
+	// CAFile, CertFile and KeyFile are for TLS; empty ones are not used.
+	CAFile, CertFile, KeyFile string
+	// InProcess, if set, connects to an embedded server without the network.
+	InProcess nats.InProcessConnProvider
+}
+
+// The same timing as the server's: a black-holed link is noticed on both sides
+// within about three seconds.
+const (
+	pingInterval    = time.Second
+	maxPingsOut     = 2
+	reconnectWait   = 100 * time.Millisecond
+	reconnectSpread = 100 * time.Millisecond
+)
+
+// Connect opens a connection. The first connect may fail at once, with an error that
+// wraps ErrUnavailable; later losses are repaired in the background.
+func Connect(cfg Config, log *slog.Logger, options ...nats.Option) (*nats.Conn, error) {
+	log = log.With("connection", cfg.Name)
+	opts := []nats.Option{
+		nats.Name(cfg.Name),
+		nats.MaxReconnects(-1),
+		nats.ReconnectWait(reconnectWait),
+		nats.ReconnectJitter(reconnectSpread, reconnectSpread),
+		nats.ReconnectBufSize(-1),
+		nats.PingInterval(pingInterval),
+		nats.MaxPingsOutstanding(maxPingsOut),
+		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
+			log.Warn("bus connection lost", "error", err)
+		}),
+		nats.ReconnectHandler(func(nc *nats.Conn) {
+			log.Info("bus connection is back", "server", nc.ConnectedUrlRedacted())
+		}),
+		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) {
+			subject := ""
+			if sub != nil {
+				subject = sub.Subject
+			}
+			log.Error("bus error", "subject", subject, "error", err)
+		}),
+	}
+	if cfg.InProcess != nil {
+		opts = append(opts, nats.InProcessServer(cfg.InProcess))
+	}
+	if cfg.Token != "" {
+		opts = append(opts, nats.Token(cfg.Token))
+	}
+	if cfg.CredentialsFile != "" {
+		opts = append(opts, nats.UserCredentials(cfg.CredentialsFile))
+	}
+	if cfg.CAFile != "" {
+		opts = append(opts, nats.RootCAs(cfg.CAFile))
+	}
+	if cfg.CertFile != "" {
+		opts = append(opts, nats.ClientCert(cfg.CertFile, cfg.KeyFile))
+	}
+	nc, err := nats.Connect(cfg.URL, append(opts, options...)...)
+	if err != nil {
+		return nil, fmt.Errorf("%w: connect to NATS at %s: %w", ErrUnavailable, redact(cfg.URL), err)
+	}
+	return nc, nil
+}
+
+// ErrUnavailable says that NATS can't be reached.
+var ErrUnavailable = errors.New("message bus unavailable")
+
+// Down reports whether err means that the bus can't be reached right now, so that
+// trying again later may help.
+func Down(err error) bool {
+	return errors.Is(err, ErrUnavailable) ||
+		errors.Is(err, nats.ErrConnectionClosed) ||
+		errors.Is(err, nats.ErrConnectionReconnecting) ||
+		errors.Is(err, nats.ErrDisconnected) ||
+		errors.Is(err, nats.ErrReconnectBufExceeded) ||
+		errors.Is(err, nats.ErrNoResponders) ||
+		errors.Is(err, nats.ErrTimeout) ||
+		errors.Is(err, context.DeadlineExceeded)
+}

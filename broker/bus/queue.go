@@ -1,0 +1,207 @@
+package bus
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// QueueConfig bounds the queue of jobs.
+type QueueConfig struct {
+	// PerModel is how many jobs one (agent, model) may have, queued and running
+	// together.
+	PerModel int64
+	// MaxAge is how long a job may lie in the stream at the most; it has to be longer
+	// than any job's deadline.
+	MaxAge time.Duration
+	// Replicas of the stream, 1 on a single server.
+	Replicas int
+}
+
+// AckWait is how long a worker may be silent about a job before JetStream delivers it
+// again. Workers report progress three times as often.
+const AckWait = 15 * time.Second
+
+// Queue is the JetStream work queue of admitted jobs. It is transport: a job in it
+// is run only if the owner of its request grants the claim.
+type Queue struct {
+	nc *nats.Conn
+	js jetstream.JetStream
+}
+
+// NewQueue returns the queue as seen through the connection.
+func NewQueue(nc *nats.Conn) (*Queue, error) {
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return nil, fmt.Errorf("open JetStream: %w", err)
+	}
+	return &Queue{nc, js}, nil
+}
+
+// Provision creates the stream, or updates it to the given bounds.
+func (q *Queue) Provision(ctx context.Context, cfg QueueConfig) error {
+	_, err := q.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+		Name:        schemas.JobStream,
+		Description: "OwnLLM: admitted jobs, one subject for each agent and model",
+		Subjects:    []string{schemas.JobSubjects},
+		Retention:   jetstream.WorkQueuePolicy,
+		Storage:     jetstream.FileStorage,
+		Replicas:    cfg.Replicas,
+		// A full (agent, model) refuses, and only itself.
+		Discard:              jetstream.DiscardNew,
+		DiscardNewPerSubject: true,
+		MaxMsgsPerSubject:    cfg.PerModel,
+		MaxAge:               cfg.MaxAge,
+		AllowMsgTTL:          true,
+		Duplicates:           min(2*time.Minute, cfg.MaxAge),
+		MaxConsumers:         -1,
+	})
+	if err != nil {
+		return fmt.Errorf("provision stream %s: %w", schemas.JobStream, err)
+	}
+	return nil
+}
+
+// ErrQueueFull says that the (agent, model) has as many jobs as it may.
+var ErrQueueFull = errors.New("queue is full")
+
+// publishTries is how often a publish is tried whose acknowledgement didn't come.
+// The deduplication id makes one job of all of them.
+const publishTries = 2
+
+// publishWait bounds one try.
+const publishWait = 2 * time.Second
+
+// Publish puts a job into the queue of its (agent, model) and returns its sequence
+// number. It returns ErrQueueFull, or an error for which Down is true if nobody
+// knows whether the job was stored.
+func (q *Queue) Publish(ctx context.Context, agent schemas.AgentID, job *schemas.Job, body string, header nats.Header) (uint64, error) {
+	payload, err := job.Encode(body)
+	if err != nil {
+		return 0, err
+	}
+	header[schemas.HeaderMsgID] = []string{job.MsgID()}
+	if left := time.Until(time.UnixMilli(job.Deadline)); left > 0 {
+		// A second more than the deadline, so that the message outlives the job.
+		header[schemas.HeaderTTL] = []string{strconv.Itoa(int(left/time.Second) + 2)}
+	}
+	msg := &nats.Msg{Subject: schemas.JobSubject(job.Tenant, agent, job.Model), Header: header, Data: payload}
+	for try := 1; ; try++ {
+		tryCtx, cancel := context.WithTimeout(ctx, publishWait)
+		ack, err := q.js.PublishMsg(tryCtx, msg, jetstream.WithRetryAttempts(0))
+		cancel()
+		switch {
+		case err == nil && ack.Duplicate && try == 1:
+			return 0, fmt.Errorf("publish job %s: its id %s was taken", job.Request, job.MsgID())
+		case err == nil:
+			return ack.Sequence, nil
+		case full(err):
+			return 0, ErrQueueFull
+		case try == publishTries || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded):
+			return 0, fmt.Errorf("publish job %s: %w", job.Request, err)
+		}
+	}
+}
+
+// full recognises the refusal of a subject at its bound. JetStream gives it the
+// generic code of a failed store, so the description has to tell.
+func full(err error) bool {
+	const storeFailed jetstream.ErrorCode = 10077
+	var api *jetstream.APIError
+	return errors.As(err, &api) && api.ErrorCode == storeFailed &&
+		strings.Contains(api.Description, "maximum messages per subject")
+}
+
+// Delete removes a job that nobody shall run any more. That it is gone already is no
+// error. It speaks to the API directly: the client library would ask for the state of
+// the stream first, and hides the code of a refusal.
+func (q *Queue) Delete(ctx context.Context, seq uint64) error {
+	request := []byte(`{"no_erase":true,"seq":` + strconv.FormatUint(seq, 10) + `}`)
+	m, err := q.nc.RequestWithContext(ctx, "$JS.API.STREAM.MSG.DELETE."+schemas.JobStream, request)
+	if err != nil {
+		return fmt.Errorf("delete job %d: %w", seq, err)
+	}
+	var answer struct {
+		Error *jetstream.APIError `json:"error"`
+	}
+	if err := json.Unmarshal(m.Data, &answer); err != nil {
+		return fmt.Errorf("delete job %d: %w", seq, err)
+	}
+	if answer.Error != nil && !gone(answer.Error) {
+		return fmt.Errorf("delete job %d: %w", seq, answer.Error)
+	}
+	return nil
+}
+
+// gone recognises the refusal to delete a message that isn't there, for which
+// JetStream has no code of its own.
+func gone(err *jetstream.APIError) bool {
+	const deleteFailed jetstream.ErrorCode = 10057
+	return err.ErrorCode == deleteFailed && strings.Contains(err.Description, "no message found")
+}
+
+// ConsumerName is the name of the durable consumer of one (agent, model). Names are
+// bounded, model ids are not, so the model is in it as a hash.
+func ConsumerName(agent schemas.AgentID, model string) string {
+	return schemas.EncodeToken(string(agent)) + "-" + shortHash(model)
+}
+
+// consumerIdle is how long a consumer that nobody pulls from is kept.
+const consumerIdle = time.Hour
+
+// maxDeliver bounds how often a job is delivered: a worker that dies of a job takes
+// it a few times at the most.
+const maxDeliver = 5
+
+// EnsureConsumer makes the consumer from which the agent pulls the jobs of a model.
+// It lives in memory: a server that restarts forgets it, and the next hello of the
+// agent makes it again.
+func (q *Queue) EnsureConsumer(ctx context.Context, tenant schemas.TenantID, agent schemas.AgentID, model string) (string, error) {
+	name := ConsumerName(agent, model)
+	_, err := q.js.CreateOrUpdateConsumer(ctx, schemas.JobStream, jetstream.ConsumerConfig{
+		Durable:           name,
+		FilterSubject:     schemas.JobSubject(tenant, agent, model),
+		AckPolicy:         jetstream.AckExplicitPolicy,
+		AckWait:           AckWait,
+		MaxDeliver:        maxDeliver,
+		InactiveThreshold: consumerIdle,
+		MemoryStorage:     true,
+	})
+	if err != nil {
+		return "", fmt.Errorf("make consumer of %s for %s: %w", agent, model, err)
+	}
+	return name, nil
+}
+
+// Depth counts the jobs of one (agent, model), queued and running together.
+func (q *Queue) Depths(ctx context.Context, tenant schemas.TenantID) (map[string]uint64, error) {
+	stream, err := q.js.Stream(ctx, schemas.JobStream)
+	if err != nil {
+		return nil, fmt.Errorf("depths of queues: %w", err)
+	}
+	info, err := stream.Info(ctx, jetstream.WithSubjectFilter(schemas.JobTenantWildcard(tenant)))
+	if err != nil {
+		return nil, fmt.Errorf("depths of queues: %w", err)
+	}
+	return info.State.Subjects, nil
+}
+
+func redact(rawURL string) string {
+	parts := strings.Split(rawURL, ",")
+	for i, p := range parts {
+		if u, err := url.Parse(strings.TrimSpace(p)); err == nil {
+			parts[i] = u.Redacted()
+		}
+	}
+	return strings.Join(parts, ",")
+}

@@ -1,0 +1,380 @@
+package dispatch
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/ownllm/ownllm/broker/metric"
+	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// EventKind says what an Event carries.
+type EventKind int
+
+const (
+	// EventChunk carries lines of a stream, or a piece of the body of a reply that
+	// isn't streamed.
+	EventChunk EventKind = iota
+	// EventDone ends the reply; Payload is what was left of it.
+	EventDone
+	// EventError ends the reply with an error.
+	EventError
+	// EventTick says that nothing has come for a while.
+	EventTick
+)
+
+// Event is what Next returns.
+type Event struct {
+	Kind EventKind
+	// Payload holds lines, each one an OpenAI chunk followed by a newline; of a reply
+	// that isn't streamed, a piece of its body.
+	Payload [][]byte
+	// Err is set on an EventError.
+	Err *schemas.Error
+}
+
+// Timing is when the stages of a request were reached; the zero time stands for
+// never.
+type Timing struct {
+	Received, Claimed, FirstChunk, Ended time.Time
+}
+
+// attempt is one try of a request on one agent.
+type attempt struct {
+	agent       schemas.AgentID
+	incarnation schemas.Incarnation
+	nonce       schemas.Nonce
+	seq         uint64 // in the stream; 0 until JetStream has answered
+	published   time.Time
+	series      *metric.Series
+
+	// Guarded by Reply.mu.
+	run     string // the run whose claim was granted, or empty
+	claimed time.Time
+	loading bool
+	next    uint64
+}
+
+// Reply is the reply to one request as it comes in. Next and Close belong to one
+// goroutine, the reader; Interrupt may be called from any.
+type Reply struct {
+	d        *Dispatcher
+	ctx      context.Context //nolint:containedctx // a Reply lives exactly as long as its request
+	req      Request
+	attempts int // belongs to the reader
+
+	wake chan struct{} // holds one token; given whenever something below changes
+
+	mu        sync.Mutex
+	cur       *attempt // nil between attempts and after the end
+	unread    [][]byte
+	unreadLen int
+	delivered bool // a payload was handed to the reader or waits for it
+	lost      bool // the agent of cur is gone
+	ended     bool // done or err is final
+	tick      bool // a Tick is due
+	err       *schemas.Error
+	usage     schemas.Usage
+	tokens    int
+	heard     time.Time // when the last frame was taken in
+	ticked    time.Time // when the last Tick was given
+	timing    Timing
+	onStall   func() // called when the reader is too slow
+}
+
+// OnStall registers a function that is called, from another goroutine, when the
+// reply is ended because its reader is too slow: the reader may be stuck in a write
+// that has to be broken off.
+func (r *Reply) OnStall(f func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.onStall = f
+}
+
+// Next waits for the next event. After EventDone or EventError there is none.
+func (r *Reply) Next() Event {
+	for {
+		r.mu.Lock()
+		switch {
+		case len(r.unread) > 0 && !r.ended:
+			e := Event{Kind: EventChunk, Payload: r.unread}
+			r.unread, r.unreadLen = nil, 0
+			r.mu.Unlock()
+			return e
+		case r.ended && r.err != nil:
+			// What came before the error is still the client's.
+			e := Event{Kind: EventError, Payload: r.unread, Err: r.err}
+			r.unread, r.unreadLen = nil, 0
+			r.mu.Unlock()
+			return e
+		case r.ended:
+			e := Event{Kind: EventDone, Payload: r.unread}
+			r.unread, r.unreadLen = nil, 0
+			r.mu.Unlock()
+			return e
+		case r.lost:
+			r.mu.Unlock()
+			r.failover()
+			continue
+		case r.tick:
+			r.tick = false
+			r.mu.Unlock()
+			return Event{Kind: EventTick}
+		}
+		r.mu.Unlock()
+		<-r.wake
+	}
+}
+
+// failover starts another attempt, if nothing of the reply has been delivered yet;
+// else the reply ends with an error.
+func (r *Reply) failover() {
+	r.mu.Lock()
+	r.lost = false
+	a, delivered := r.cur, r.delivered
+	r.mu.Unlock()
+	r.retire(a)
+	r.remove(a)
+	if delivered {
+		r.end(schemas.Errorf(schemas.CodeAgentOffline,
+			"The GPU machine that was answering went away in the middle of the reply. What you have is incomplete; send the request again."))
+		return
+	}
+	r.d.metrics.Failover(r.ctx)
+	r.d.log.InfoContext(r.ctx, "agent went away, request goes to another", "request", r.req.ID, "agent", a.agent)
+	if err := r.attempt(map[schemas.AgentID]bool{a.agent: true}); err != nil {
+		// The agent may be back already, as a new run.
+		if again := r.attempt(nil); again != nil {
+			r.end(schemas.AsError(again))
+		}
+	}
+}
+
+// Interrupt ends the reply with an error, unless it has ended already.
+func (r *Reply) Interrupt(err *schemas.Error) { r.end(err) }
+
+func (r *Reply) end(err *schemas.Error) {
+	r.mu.Lock()
+	if !r.ended {
+		r.ended, r.err = true, err
+		r.timing.Ended = time.Now()
+	}
+	r.mu.Unlock()
+	r.signal()
+}
+
+func (r *Reply) signal() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Close ends the request, whatever its state: a job that still waits is removed, one
+// that runs is cancelled.
+func (r *Reply) Close() {
+	r.mu.Lock()
+	a, finished := r.cur, r.ended && r.err == nil
+	if !r.ended {
+		r.ended = true
+		r.timing.Ended = time.Now()
+	}
+	r.mu.Unlock()
+	if a == nil {
+		return
+	}
+	r.retire(a)
+	if !finished {
+		r.remove(a)
+	}
+}
+
+// retire forgets an attempt: frames of it fail from now on.
+func (r *Reply) retire(a *attempt) {
+	r.d.mu.Lock()
+	delete(r.d.replies, a.nonce)
+	r.d.mu.Unlock()
+	r.mu.Lock()
+	current, claimed := r.cur == a, a.run != ""
+	if current {
+		r.cur = nil
+	}
+	r.mu.Unlock()
+	if !current {
+		return
+	}
+	r.d.agents.Release(r.req.Tenant, a.agent, r.req.Model)
+	if !claimed {
+		a.series.Unqueued(r.ctx)
+	}
+}
+
+// removeWait bounds the removal of a job from the queue.
+const removeWait = 2 * time.Second
+
+// remove makes sure that nobody runs an attempt that was retired. A claim that comes
+// all the same is refused, so a failure here costs a delivery, and nothing else.
+func (r *Reply) remove(a *attempt) {
+	r.mu.Lock()
+	claimed := a.run != ""
+	r.mu.Unlock()
+	r.d.cancel(a.agent, a.nonce, schemas.ReasonCancelled)
+	if claimed || a.seq == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), removeWait)
+	defer cancel()
+	if err := r.d.queue.Delete(ctx, a.seq); err != nil {
+		r.d.log.WarnContext(ctx, "job not removed", "request", r.req.ID, "error", err)
+	}
+}
+
+// take checks a frame against the current attempt and takes it in. It returns the
+// verdict, or false for a frame that isn't answered: one that came before its claim,
+// which got lost and will be sent again.
+func (r *Reply) take(nonce schemas.Nonce, f *schemas.Frame, now time.Time) (schemas.Verdict, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	a := r.cur
+	v := schemas.Verdict{Seq: f.Seq}
+	switch {
+	case a == nil || a.nonce != nonce:
+		v.Reason = schemas.ReasonSuperseded
+		return v, true
+	case r.ended && r.err == nil:
+		v.Reason = schemas.ReasonFinished
+		return v, true
+	case r.ended:
+		v.Reason = schemas.ReasonCancelled
+		return v, true
+	case a.run == "" && f.Kind == schemas.FrameClaim:
+		a.run, a.claimed, a.loading = f.Run, now, f.Loading
+		r.heard, r.timing.Claimed = now, now
+		a.series.Dequeued(r.ctx, now.Sub(a.published))
+	case a.run == "":
+		return v, false
+	case f.Run != a.run:
+		v.Reason = schemas.ReasonSuperseded
+		return v, true
+	case f.Kind == schemas.FrameClaim || f.Kind == schemas.FrameProgress:
+		if a.loading && !f.Loading {
+			a.claimed = now // the first token is waited for from here
+		}
+		a.loading = f.Loading
+	case f.Seq == a.next:
+		r.accept(a, f, now)
+	}
+	// A frame that was seen is answered like one that is taken; a gap shows in Next.
+	v.Go, v.Next = true, a.next
+	return v, true
+}
+
+// accept takes in the frame whose turn it is. r.mu is held.
+func (r *Reply) accept(a *attempt, f *schemas.Frame, now time.Time) {
+	a.next++
+	a.loading = false
+	r.heard, r.tokens = now, f.Tokens
+	if len(f.Payload) > 0 {
+		if !r.delivered {
+			r.delivered = true
+			r.timing.FirstChunk = now
+		}
+		r.unread = append(r.unread, f.Payload)
+		r.unreadLen += len(f.Payload)
+	}
+	switch {
+	case f.Kind == schemas.FrameError:
+		r.ended, r.err = true, f.Error
+	case f.Kind == schemas.FrameDone:
+		r.ended = true
+	case r.req.Stream && r.unreadLen > r.d.cfg.MaxUnread:
+		r.ended = true
+		r.err = schemas.Errorf(schemas.CodeAgentTimeout,
+			"The reply was ended because you read it too slowly: more than %d bytes of it were waiting.", r.d.cfg.MaxUnread)
+		r.d.cancel(a.agent, a.nonce, schemas.ReasonCancelled)
+		if r.onStall != nil {
+			go r.onStall()
+		}
+	}
+	if f.Usage != nil {
+		r.usage = *f.Usage
+	}
+	if r.ended {
+		r.timing.Ended = now
+	}
+	r.signal()
+}
+
+// agentGone notes that the agent of the current attempt can't finish it.
+func (r *Reply) agentGone(g presence.Gone) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	a := r.cur
+	if a == nil || r.ended || a.agent != g.Agent || a.incarnation != g.Incarnation {
+		return
+	}
+	// An agent that drains finishes what it has begun.
+	if g.Draining && a.run != "" {
+		return
+	}
+	r.lost = true
+	r.signal()
+}
+
+// sweep checks the deadlines of the reply.
+func (r *Reply) sweep(now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	a := r.cur
+	if a == nil || r.ended {
+		return
+	}
+	cfg := &r.d.cfg
+	switch {
+	case now.Sub(r.req.Received) > cfg.Total:
+		r.expire("it took longer than %s in all", cfg.Total)
+	case r.req.Stream && r.delivered && now.Sub(r.heard) > cfg.Idle:
+		r.expire("nothing came from the backend for %s", cfg.Idle)
+	case r.req.Stream && !r.delivered && a.run != "" && !a.loading && now.Sub(a.claimed) > cfg.FirstToken:
+		r.expire("the first token didn't come within %s", cfg.FirstToken)
+	case r.tickDue(now):
+		r.tick, r.ticked = true, now
+		r.signal()
+	}
+}
+
+// tickDue reports whether the reader is to be told that nothing comes: for the first
+// time when the request as a whole is FirstTick old, later after KeepAlive of silence.
+func (r *Reply) tickDue(now time.Time) bool {
+	if r.ticked.IsZero() && !r.delivered {
+		return now.Sub(r.req.Received) > r.d.cfg.FirstTick
+	}
+	return now.Sub(r.heard) > r.d.cfg.KeepAlive && now.Sub(r.ticked) > r.d.cfg.KeepAlive
+}
+
+func (r *Reply) expire(format string, d time.Duration) {
+	r.ended = true
+	r.err = schemas.Errorf(schemas.CodeAgentTimeout, "The request was ended: "+format+".", d)
+	r.timing.Ended = time.Now()
+	r.signal()
+}
+
+// Usage is what the reply burnt, once it has ended.
+func (r *Reply) Usage() schemas.Usage {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	u := r.usage
+	u.CompletionTokens = max(u.CompletionTokens, r.tokens)
+	return u
+}
+
+// Timing tells when the stages of the request were reached.
+func (r *Reply) Timing() Timing {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	t := r.timing
+	t.Received = r.req.Received
+	return t
+}

@@ -1,0 +1,128 @@
+// Package natsd runs the embedded nats-server of `ownllm up`. It is the only
+// package that imports nats-server.
+package natsd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+)
+
+// Config says how the embedded server runs.
+type Config struct {
+	// Listen is the address for workers and publishers, "127.0.0.1:4222". Port 0 takes
+	// a free one.
+	Listen string
+	// StoreDir is the folder of JetStream.
+	StoreDir string
+	// Token is the shared secret of edges, brokers and workers.
+	Token string
+	// Log gets what the server has to say.
+	Log *slog.Logger
+}
+
+// Server is a running nats-server with JetStream. It provides in-process
+// connections (nats.InProcessServer), which skip the network.
+type Server struct {
+	srv *server.Server
+}
+
+// The dead peer of a black-holed connection is noticed after about three seconds:
+// two pings, a second apart, that nobody answers.
+const (
+	pingInterval = time.Second
+	maxPingsOut  = 2
+)
+
+// Start runs a server and returns once it accepts connections. If the port is
+// taken, it takes a free one.
+func Start(ctx context.Context, cfg Config) (*Server, error) {
+	host, portText, err := net.SplitHostPort(cfg.Listen)
+	if err != nil {
+		return nil, fmt.Errorf("nats listen address %q: %w", cfg.Listen, err)
+	}
+	port, err := strconv.ParseUint(portText, 10, 16)
+	if err != nil {
+		return nil, fmt.Errorf("nats listen address %q: %w", cfg.Listen, err)
+	}
+	if port != 0 && taken(cfg.Listen) {
+		cfg.Log.Warn("nats port is taken, another free one is used", "address", cfg.Listen)
+		port = 0
+	}
+	opts := &server.Options{
+		ServerName:    "ownllm",
+		Host:          host,
+		Port:          int(port),
+		JetStream:     true,
+		StoreDir:      cfg.StoreDir,
+		Authorization: cfg.Token,
+		NoSigs:        true,
+		PingInterval:  pingInterval,
+		MaxPingsOut:   maxPingsOut,
+		// The default of 1,000 consumers for a stream is a few hundred agents.
+		JetStreamLimits: server.JSLimitOpts{DefaultMaxConsumers: -1},
+	}
+	if port == 0 {
+		opts.Port = server.RANDOM_PORT
+	}
+	srv, err := server.NewServer(opts)
+	if err != nil {
+		return nil, fmt.Errorf("embedded nats-server: %w", err)
+	}
+	srv.SetLoggerV2(logger{cfg.Log.With("component", "nats")}, false, false, false)
+	srv.Start()
+	deadline := 20 * time.Second
+	if d, ok := ctx.Deadline(); ok {
+		deadline = min(deadline, time.Until(d))
+	}
+	if !srv.ReadyForConnections(deadline) {
+		srv.Shutdown()
+		return nil, errors.New("embedded nats-server didn't become ready")
+	}
+	if !srv.JetStreamEnabled() {
+		srv.Shutdown()
+		return nil, fmt.Errorf("embedded nats-server has no JetStream; is %s writable?", cfg.StoreDir)
+	}
+	return &Server{srv}, nil
+}
+
+func taken(addr string) bool {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return true
+	}
+	_ = l.Close()
+	return false
+}
+
+// URL is the address for clients, without credentials.
+func (s *Server) URL() string { return s.srv.ClientURL() }
+
+// Addr is the address that the server listens on.
+func (s *Server) Addr() string { return s.srv.Addr().String() }
+
+// InProcessConn implements nats.InProcessConnProvider.
+func (s *Server) InProcessConn() (net.Conn, error) { return s.srv.InProcessConn() }
+
+// Stop shuts the server down and waits until it has.
+func (s *Server) Stop() {
+	s.srv.Shutdown()
+	s.srv.WaitForShutdown()
+}
+
+// logger writes the server's log lines to slog. Its notices are many and are meant
+// for operators of NATS, so they are debug here.
+type logger struct{ log *slog.Logger }
+
+func (l logger) Noticef(format string, v ...any) { l.log.Debug(fmt.Sprintf(format, v...)) }
+func (l logger) Warnf(format string, v ...any)   { l.log.Warn(fmt.Sprintf(format, v...)) }
+func (l logger) Errorf(format string, v ...any)  { l.log.Error(fmt.Sprintf(format, v...)) }
+func (l logger) Fatalf(format string, v ...any)  { l.log.Error(fmt.Sprintf(format, v...)) }
+func (l logger) Debugf(format string, v ...any)  { l.log.Debug(fmt.Sprintf(format, v...)) }
+func (l logger) Tracef(string, ...any)           {}

@@ -1,0 +1,159 @@
+package presence
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// Feed keeps a Table up to date: it hears heartbeats, asks for inventories that it
+// missed, looks after agents that have missed a beat, and expires those that stay
+// silent.
+//
+// Safety comes from time: an agent counts as here only within StaleAfter of its last
+// word. Liveness comes from asking: one missed beat makes the feed ask the agent's
+// control subject, and if nobody is there, the bus says so at once, long before
+// StaleAfter.
+type Feed struct {
+	nc    *nats.Conn
+	table *Table
+	log   *slog.Logger
+	ready atomic.Bool
+}
+
+// NewFeed returns a feed of the table from the connection.
+func NewFeed(nc *nats.Conn, table *Table, log *slog.Logger) *Feed {
+	return &Feed{nc: nc, table: table, log: log}
+}
+
+const (
+	beat       = time.Second
+	sweepEvery = 250 * time.Millisecond
+	// suspectAfter is a beat and some slack.
+	suspectAfter = 1300 * time.Millisecond
+)
+
+// Ready reports whether the feed has listened for long enough to know who is here:
+// one beat and some slack, and the bus is connected.
+func (f *Feed) Ready() bool { return f.ready.Load() && f.nc.IsConnected() }
+
+// Connected reports whether this process itself is on the bus. While it isn't,
+// nothing that the table says about agents means anything.
+func (f *Feed) Connected() bool { return f.nc.IsConnected() }
+
+// Run listens until ctx ends.
+func (f *Feed) Run(ctx context.Context) error {
+	beats := make(chan *nats.Msg, 4096)
+	sub, err := f.nc.ChanSubscribe(schemas.HeartbeatWildcard, beats)
+	if err != nil {
+		return fmt.Errorf("listen to heartbeats: %w", err)
+	}
+	defer sub.Unsubscribe() //nolint:errcheck // the connection may be closed already
+	inbox := f.nc.NewInbox()
+	answers := make(chan *nats.Msg, 1024)
+	inboxSub, err := f.nc.ChanSubscribe(inbox+".*.*", answers)
+	if err != nil {
+		return fmt.Errorf("listen to inventories: %w", err)
+	}
+	defer inboxSub.Unsubscribe() //nolint:errcheck // likewise
+
+	started := time.Now()
+	connected := true
+	suspects := make(map[Suspect]time.Time)
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case m := <-beats:
+			f.heard(m, inbox)
+		case m := <-answers:
+			f.answered(m, inbox)
+		case now := <-tick.C:
+			if !f.nc.IsConnected() {
+				connected = false
+				continue
+			}
+			if !connected {
+				connected = true
+				clear(suspects)
+				f.table.Excuse(now)
+			}
+			if now.Sub(started) > beat+sweepEvery {
+				f.ready.Store(true)
+			}
+			f.lookAfter(now, suspects, inbox)
+			f.table.Expire(now)
+		}
+	}
+}
+
+func (f *Feed) heard(m *nats.Msg, inbox string) {
+	tenant, id, err := schemas.ParseAgentSubject(m.Subject)
+	if err != nil {
+		f.log.Warn("heartbeat dropped", "error", err)
+		return
+	}
+	f.observe(tenant, id, m.Data, inbox)
+}
+
+func (f *Feed) observe(tenant schemas.TenantID, id schemas.AgentID, data []byte, inbox string) {
+	var hb schemas.Heartbeat
+	if err := json.Unmarshal(data, &hb); err != nil || hb.Version != schemas.ProtocolVersion {
+		f.log.Warn("heartbeat dropped", "agent", id, "version", hb.Version, "error", err)
+		return
+	}
+	if f.table.Observe(tenant, id, &hb, time.Now()) && inbox != "" {
+		f.ask(tenant, id, inbox)
+	}
+}
+
+// ask requests the full heartbeat of an agent. The answer comes to the inbox, whose
+// last tokens say whose it is.
+func (f *Feed) ask(tenant schemas.TenantID, id schemas.AgentID, inbox string) {
+	body := schemas.Control{Operation: schemas.ControlInventory}.Encode()
+	if err := f.nc.PublishRequest(schemas.ControlSubject(id), schemas.AgentInbox(inbox, tenant, id), body); err != nil && !bus.Down(err) {
+		f.log.Warn("agent not asked", "agent", id, "error", err)
+	}
+}
+
+// answered takes in the answer of an agent, or the bus's word that nobody answers
+// for it.
+func (f *Feed) answered(m *nats.Msg, inbox string) {
+	tenant, id, err := schemas.ParseAgentInbox(inbox, m.Subject)
+	if err != nil {
+		f.log.Warn("inventory dropped", "error", err)
+		return
+	}
+	if len(m.Data) == 0 && m.Header.Get("Status") == "503" {
+		f.table.Lost(tenant, id, "")
+		return
+	}
+	// A second mismatch is left to the next heartbeat.
+	f.observe(tenant, id, m.Data, "")
+}
+
+// lookAfter asks every agent that has missed a beat, once for each silence.
+func (f *Feed) lookAfter(now time.Time, asked map[Suspect]time.Time, inbox string) {
+	for s, at := range asked {
+		if now.Sub(at) > StaleAfter {
+			delete(asked, s)
+		}
+	}
+	for _, s := range f.table.Suspects(now, suspectAfter) {
+		if at, ok := asked[s]; ok && now.Sub(at) < beat {
+			continue
+		}
+		asked[s] = now
+		f.ask(s.Tenant, s.Agent, inbox)
+	}
+}

@@ -1,0 +1,125 @@
+package presence
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// Choice is the agent that is to run a request.
+type Choice struct {
+	Agent       schemas.AgentID
+	Incarnation schemas.Incarnation
+	Model       schemas.Model
+}
+
+// Route picks the agent for a model: of those that are here and can run it, the ones
+// with the model in memory come first, then the least loaded. The caller owes a
+// Release for every Choice. Agents in exclude are passed over.
+//
+// When nobody can, the error says why, in this order: nobody has ever had the model
+// (model_not_found), those who have it are away (agent_offline), it isn't ready
+// (model_loading), or its backend is down (backend_error).
+func (t *Table) Route(tenant schemas.TenantID, model string, exclude map[schemas.AgentID]bool) (Choice, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var best *agent
+	var bestModel *schemas.Model
+	var failed *schemas.Model
+	known, draining := false, false
+	for _, a := range t.tenants[tenant] {
+		m := a.find(model)
+		if m == nil {
+			continue
+		}
+		known = true
+		if exclude[a.id] || a.state == "" {
+			continue
+		}
+		if a.state == schemas.AgentDraining {
+			draining = true
+			continue
+		}
+		if m.State == schemas.ModelFailed {
+			failed = m
+			continue
+		}
+		if best == nil || better(a, m, best, bestModel) {
+			best, bestModel = a, m
+		}
+	}
+	switch {
+	case best != nil:
+		best.assigned[model]++
+		return Choice{best.id, best.incarnation, *bestModel}, nil
+	case !known:
+		return Choice{}, NotFound(model)
+	case failed != nil:
+		return Choice{}, failedError(failed)
+	case draining:
+		return Choice{}, schemas.Errorf(schemas.CodeAgentOffline,
+			"The GPU machine that serves %q is shutting down. Try again in a few seconds, or look at `ownllm status`.", model).WithRetryAfter(5 * time.Second)
+	}
+	return Choice{}, Offline(model)
+}
+
+// NotFound is the error for a model that no agent of the tenant has.
+func NotFound(model string) *schemas.Error {
+	return schemas.Errorf(schemas.CodeModelNotFound,
+		"The model %q doesn't exist on any of your GPU machines. GET /v1/models lists what there is.", model).WithParam("model")
+}
+
+// Offline is the error for a model whose agents are all away; an empty model stands
+// for all models of the tenant.
+func Offline(model string) *schemas.Error {
+	what := "No GPU machine of yours is connected"
+	if model != "" {
+		what = fmt.Sprintf("No GPU machine that serves %q is connected", model)
+	}
+	return schemas.Errorf(schemas.CodeAgentOffline,
+		"%s. Check that it is switched on and that its worker runs; `ownllm status` shows when it was last seen.", what).WithRetryAfter(5 * time.Second)
+}
+
+func failedError(m *schemas.Model) *schemas.Error {
+	detail := m.Detail
+	if detail == "" {
+		detail = "its inference backend isn't answering"
+	}
+	return schemas.Errorf(schemas.CodeBackendError, "The model %q can't answer: %s.", m.ID, detail).WithRetryAfter(5 * time.Second)
+}
+
+// better reports whether the model on agent a is to be preferred to the one on b.
+func better(a *agent, m *schemas.Model, b *agent, n *schemas.Model) bool {
+	if ra, rb := stateRank(m.State), stateRank(n.State); ra != rb {
+		return ra < rb
+	}
+	la, lb := a.load(), b.load()
+	if la != lb {
+		return la < lb
+	}
+	return a.id < b.id
+}
+
+// load is how full the agent is, 1 meaning that all its slots are taken. The last
+// heartbeat can be a second old, so what this process itself has sent counts at least.
+func (a *agent) load() float64 {
+	assigned := 0
+	for _, n := range a.assigned {
+		assigned += n
+	}
+	return float64(max(a.running+a.waiting, assigned)) / float64(max(a.slots, 1))
+}
+
+// Release takes back one Choice.
+func (t *Table) Release(tenant schemas.TenantID, id schemas.AgentID, model string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	a := t.tenants[tenant][id]
+	if a == nil {
+		return
+	}
+	if a.assigned[model]--; a.assigned[model] <= 0 {
+		delete(a.assigned, model)
+	}
+}

@@ -1,0 +1,330 @@
+// Package presence knows which agents are there, what they offer, and why a model
+// can't answer.
+//
+// The Table is plain data behind one mutex: it does no input or output and reads no
+// clock, every moment is passed in, so its decisions test as pure functions. The
+// Feed keeps it up to date from the bus.
+package presence
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// StaleAfter is how long an agent may be silent. A worker beats once a second, so
+// three missed beats and some slack for a busy network.
+const StaleAfter = 3500 * time.Millisecond
+
+// Table holds the agents of all tenants, as one edge or broker sees them. It is safe
+// for concurrent use.
+type Table struct {
+	mu      sync.Mutex
+	tenants map[schemas.TenantID]map[schemas.AgentID]*agent
+	onGone  []func(Gone)
+}
+
+// Gone says that a run of an agent has ended, so what was sent to it may be lost.
+type Gone struct {
+	Agent       schemas.AgentID
+	Incarnation schemas.Incarnation
+	// Draining says that the agent still finishes what it runs, and starts nothing new.
+	Draining bool
+}
+
+type agent struct {
+	tenant      schemas.TenantID
+	id          schemas.AgentID
+	name        string
+	incarnation schemas.Incarnation
+	state       schemas.AgentState // "" while the agent is away
+	lastSeen    time.Time
+	hash        string
+	models      []schemas.Model
+	running     int
+	waiting     int
+	slots       int
+	assigned    map[string]int // attempts that this process has under way, by model
+}
+
+// NewTable returns an empty table.
+func NewTable() *Table {
+	return &Table{tenants: make(map[schemas.TenantID]map[schemas.AgentID]*agent)}
+}
+
+// OnGone registers a function that is called, without the table's lock, when a run of
+// an agent ends or starts to drain. It has to be called before the table is used.
+func (t *Table) OnGone(f func(Gone)) { t.onGone = append(t.onGone, f) }
+
+// Known is an agent as Postgres remembers it.
+type Known struct {
+	Tenant    schemas.TenantID
+	Agent     schemas.AgentID
+	Name      string
+	LastSeen  time.Time
+	Inventory schemas.Inventory
+}
+
+// Restore makes known an agent that may be away, so that its models are told apart
+// from models that nobody has. It changes nothing of an agent that is here.
+func (t *Table) Restore(k Known) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	a := t.agent(k.Tenant, k.Agent)
+	if k.Name != "" {
+		a.name = k.Name
+	}
+	if a.state == "" {
+		a.models = k.Inventory.Models
+		a.hash = ""
+		if k.LastSeen.After(a.lastSeen) {
+			a.lastSeen = k.LastSeen
+		}
+	}
+}
+
+// Forget removes an agent for good.
+func (t *Table) Forget(tenant schemas.TenantID, id schemas.AgentID) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.tenants[tenant], id)
+}
+
+func (t *Table) agent(tenant schemas.TenantID, id schemas.AgentID) *agent {
+	agents := t.tenants[tenant]
+	if agents == nil {
+		agents = make(map[schemas.AgentID]*agent)
+		t.tenants[tenant] = agents
+	}
+	a := agents[id]
+	if a == nil {
+		a = &agent{tenant: tenant, id: id, assigned: make(map[string]int)}
+		agents[id] = a
+	}
+	return a
+}
+
+// Observe takes in a heartbeat. It reports whether the inventory of the agent is
+// unknown and has to be asked for. A heartbeat of a run that a newer one has
+// replaced changes nothing: incarnations sort by the time they were made.
+func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas.Heartbeat, now time.Time) (ask bool) {
+	t.mu.Lock()
+	a := t.agent(tenant, id)
+	if hb.Incarnation < a.incarnation {
+		t.mu.Unlock()
+		return false
+	}
+	var gone []Gone
+	if a.state != "" && a.incarnation != hb.Incarnation {
+		gone = append(gone, Gone{Agent: id, Incarnation: a.incarnation})
+	}
+	before := a.state
+	if a.incarnation != hb.Incarnation {
+		before = ""
+	}
+	a.incarnation, a.lastSeen = hb.Incarnation, now
+	a.running, a.waiting, a.slots = hb.Running, hb.Waiting, hb.Slots
+	switch hb.State {
+	case schemas.AgentBye:
+		if a.state != "" {
+			gone = append(gone, Gone{Agent: id, Incarnation: a.incarnation})
+		}
+		a.state = ""
+	default:
+		a.state = hb.State
+		if hb.State == schemas.AgentDraining && before != schemas.AgentDraining {
+			gone = append(gone, Gone{Agent: id, Incarnation: a.incarnation, Draining: true})
+		}
+		if hb.Inventory != nil {
+			a.models, a.hash = hb.Inventory.Models, hb.Hash
+		}
+		ask = a.hash != hb.Hash
+	}
+	t.mu.Unlock()
+	t.tell(gone)
+	return ask
+}
+
+// Lost records that a run of an agent has ended, though it didn't say so: its
+// connection closed, or nobody answers for it. An empty incarnation stands for the
+// current one.
+func (t *Table) Lost(tenant schemas.TenantID, id schemas.AgentID, incarnation schemas.Incarnation) {
+	t.mu.Lock()
+	a := t.tenants[tenant][id]
+	if a == nil || a.state == "" || incarnation != "" && a.incarnation != incarnation {
+		t.mu.Unlock()
+		return
+	}
+	a.state = ""
+	gone := []Gone{{Agent: id, Incarnation: a.incarnation}}
+	t.mu.Unlock()
+	t.tell(gone)
+}
+
+// Expire ends the runs of all agents that have been silent for StaleAfter.
+func (t *Table) Expire(now time.Time) {
+	t.mu.Lock()
+	var gone []Gone
+	for _, agents := range t.tenants {
+		for _, a := range agents {
+			if a.state != "" && now.Sub(a.lastSeen) > StaleAfter {
+				a.state = ""
+				gone = append(gone, Gone{Agent: a.id, Incarnation: a.incarnation})
+			}
+		}
+	}
+	t.mu.Unlock()
+	t.tell(gone)
+}
+
+// Excuse gives every agent that is here a fresh start of its silence: nothing could
+// be heard while this process itself was cut off from the bus.
+func (t *Table) Excuse(now time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, agents := range t.tenants {
+		for _, a := range agents {
+			if a.state != "" {
+				a.lastSeen = now
+			}
+		}
+	}
+}
+
+// Suspect is an agent that has missed a beat.
+type Suspect struct {
+	Tenant      schemas.TenantID
+	Agent       schemas.AgentID
+	Incarnation schemas.Incarnation
+}
+
+// Suspects lists the agents that are here and have been silent for longer than d.
+func (t *Table) Suspects(now time.Time, d time.Duration) []Suspect {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var list []Suspect
+	for _, agents := range t.tenants {
+		for _, a := range agents {
+			if a.state != "" && now.Sub(a.lastSeen) > d {
+				list = append(list, Suspect{a.tenant, a.id, a.incarnation})
+			}
+		}
+	}
+	return list
+}
+
+func (t *Table) tell(gone []Gone) {
+	for _, g := range gone {
+		for _, f := range t.onGone {
+			f(g)
+		}
+	}
+}
+
+// Models lists the models of a tenant, sorted by id, each once, as the best of the
+// agents that are here has it; models of agents that are away count only while none
+// is here. reachable reports whether any agent is here.
+func (t *Table) Models(tenant schemas.TenantID) (models []schemas.Model, reachable bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	best := make(map[string]schemas.Model)
+	for _, a := range t.tenants[tenant] {
+		if a.state == "" {
+			continue
+		}
+		reachable = true
+		for _, m := range a.models {
+			if old, ok := best[m.ID]; !ok || stateRank(m.State) < stateRank(old.State) {
+				best[m.ID] = m
+			}
+		}
+	}
+	models = make([]schemas.Model, 0, len(best))
+	for _, m := range best {
+		models = append(models, m)
+	}
+	slices.SortFunc(models, func(a, b schemas.Model) int { return cmp.Compare(a.ID, b.ID) })
+	return models, reachable
+}
+
+// Find returns a model of the tenant, of an agent that is here if there is one, else
+// as it was last known. Its capabilities and window are what a request is checked
+// against before anybody asks who can run it.
+func (t *Table) Find(tenant schemas.TenantID, model string) (schemas.Model, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var found *schemas.Model
+	foundHere := false
+	for _, a := range t.tenants[tenant] {
+		here := a.state != ""
+		if m := a.find(model); m != nil && (found == nil || here && (!foundHere || stateRank(m.State) < stateRank(found.State))) {
+			found, foundHere = m, here
+		}
+	}
+	if found == nil {
+		return schemas.Model{}, false
+	}
+	return *found, true
+}
+
+func (a *agent) find(model string) *schemas.Model {
+	for i := range a.models {
+		if a.models[i].ID == model {
+			return &a.models[i]
+		}
+	}
+	return nil
+}
+
+func stateRank(s schemas.ModelState) int {
+	switch s {
+	case schemas.ModelReady:
+		return 0
+	case schemas.ModelCold:
+		return 1
+	case schemas.ModelLoading:
+		return 2
+	}
+	return 3
+}
+
+// AgentStatus is an agent as an operator sees it.
+type AgentStatus struct {
+	Tenant      schemas.TenantID
+	Agent       schemas.AgentID
+	Name        string
+	Incarnation schemas.Incarnation
+	// State is the state of the last heartbeat, or empty for an agent that is away.
+	State    schemas.AgentState
+	LastSeen time.Time
+	Running  int
+	Waiting  int
+	Slots    int
+	Models   []schemas.Model
+}
+
+// Agents lists the agents of a tenant, or of all tenants for an empty one.
+func (t *Table) Agents(tenant schemas.TenantID) []AgentStatus {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var list []AgentStatus
+	for id, agents := range t.tenants {
+		if tenant != "" && id != tenant {
+			continue
+		}
+		for _, a := range agents {
+			s := AgentStatus{a.tenant, a.id, a.name, a.incarnation, a.state, a.lastSeen, a.running, a.waiting, a.slots, slices.Clone(a.models)}
+			if a.state == "" {
+				s.Running, s.Waiting = 0, 0
+			}
+			list = append(list, s)
+		}
+	}
+	slices.SortFunc(list, func(a, b AgentStatus) int {
+		return cmp.Or(cmp.Compare(a.Tenant, b.Tenant), cmp.Compare(a.Agent, b.Agent))
+	})
+	return list
+}

@@ -1,0 +1,250 @@
+// Package edge is the HTTP front door: it authenticates and validates requests, hands
+// them to the dispatcher, and streams the replies back as server-sent events.
+//
+// It is the only package that imports Fiber, and no Fiber value leaves a handler:
+// Fiber reuses its memory for the next request on the connection, which may be
+// another tenant's, so everything is copied into an owned request at the door.
+//
+// The status line is held until the backend's first chunk or error, so that a client
+// gets a real 4xx or 5xx, which its SDK can retry. A client that goes away is noticed
+// by watching its socket, whether the request is queued or streaming.
+package edge
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/gofiber/fiber/v2"
+	"github.com/gofiber/fiber/v2/middleware/cors"
+	"github.com/gofiber/fiber/v2/middleware/recover"
+	"github.com/valyala/fasthttp"
+
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/dispatch"
+	"github.com/ownllm/ownllm/broker/keyring"
+	"github.com/ownllm/ownllm/broker/metric"
+	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/broker/trace"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// Config says how the edge faces its clients.
+type Config struct {
+	// CertFile and KeyFile turn TLS on.
+	CertFile, KeyFile string
+	// TrustedProxies are the networks whose X-Forwarded-For is believed.
+	TrustedProxies []netip.Prefix
+	// BaseDomain, if set, makes <slug>.<BaseDomain> the address of the tenant <slug>.
+	BaseDomain string
+	// CORSOrigins are the origins whose pages may call the API; "*" is all of them.
+	CORSOrigins []string
+	// BodyLimit bounds a request body, in bytes.
+	BodyLimit int
+	// FailureRate and FailureBurst bound the bad requests of one address: how many it
+	// may make each second, and how many at once.
+	FailureRate  float64
+	FailureBurst int
+	// AdminToken opens the admin API. Without one, the API is closed.
+	AdminToken string
+	// Drain bounds how long running replies may take to finish once the edge stops.
+	Drain time.Duration
+	// Version is what the admin API says of the build.
+	Version string
+}
+
+// Parts are what the edge works with.
+type Parts struct {
+	Keys       *keyring.Keyring
+	Agents     *presence.Table
+	Feed       *presence.Feed
+	Dispatcher *dispatch.Dispatcher
+	Books      *books.Store
+	Queue      *bus.Queue
+	Metrics    *metric.Instruments
+	Tracer     *trace.Tracer
+	Log        *slog.Logger
+}
+
+// Edge serves the HTTP API.
+type Edge struct {
+	Parts
+	cfg      Config
+	app      *fiber.App
+	failures *failures
+	watch    *watcher
+	draining atomic.Bool
+}
+
+const (
+	// readTimeout bounds how long a client may take to send a request.
+	readTimeout = 90 * time.Second
+	// idleTimeout is how long a connection may wait for its next request.
+	idleTimeout = 2 * time.Minute
+	// headerLimit bounds the request line and headers, in bytes.
+	headerLimit = 16 << 10
+)
+
+// New returns an edge that isn't listening yet.
+func New(cfg Config, parts Parts) *Edge {
+	e := &Edge{
+		Parts: parts, cfg: cfg, watch: newWatcher(),
+		failures: newFailures(cfg.FailureRate, cfg.FailureBurst),
+	}
+	e.app = fiber.New(fiber.Config{
+		AppName:               "OwnLLM",
+		DisableStartupMessage: true,
+		Immutable:             true,
+		StrictRouting:         true,
+		CaseSensitive:         true,
+		BodyLimit:             cfg.BodyLimit,
+		StreamRequestBody:     true, // the key is checked before a body is read
+		ReadBufferSize:        headerLimit,
+		ReadTimeout:           readTimeout,
+		IdleTimeout:           idleTimeout,
+		ErrorHandler:          e.fail,
+		// Multipart forms are nobody's business here.
+		DisablePreParseMultipartForm: true,
+	})
+	server := e.app.Server()
+	server.CloseOnShutdown = true
+	// Fiber answers an unknown method in plain text, before any handler of ours.
+	route := server.Handler
+	server.Handler = func(ctx *fasthttp.RequestCtx) {
+		if !knownMethod(string(ctx.Method())) {
+			refuseMethod(ctx)
+			return
+		}
+		route(ctx)
+	}
+	e.routes()
+	return e
+}
+
+func (e *Edge) routes() {
+	e.app.Use(e.begin, recover.New())
+	if len(e.cfg.CORSOrigins) > 0 {
+		e.app.Use(cors.New(cors.Config{
+			AllowOrigins:  strings.Join(e.cfg.CORSOrigins, ","),
+			AllowMethods:  "GET,POST,PUT,DELETE,OPTIONS",
+			ExposeHeaders: "X-Request-Id,Retry-After,X-Should-Retry",
+			MaxAge:        600,
+		}))
+	}
+	e.app.Get("/healthz", e.healthz)
+	e.app.Get("/readyz", e.readyz)
+	e.app.Post("/v1/chat/completions", e.chat)
+	e.app.Get("/v1/models", e.listModels)
+	e.app.Get("/v1/models/*", e.getModel)
+	e.adminRoutes()
+}
+
+// Serve answers requests on the listener until ctx ends, then drains: it refuses new
+// connections, lets running replies finish within cfg.Drain, ends the others with an
+// error that says so, and returns.
+func (e *Edge) Serve(ctx context.Context, l net.Listener) error {
+	if e.cfg.CertFile != "" {
+		cert, err := tls.LoadX509KeyPair(e.cfg.CertFile, e.cfg.KeyFile)
+		if err != nil {
+			return fmt.Errorf("load TLS certificate: %w", err)
+		}
+		l = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12})
+	}
+	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		e.watch.run(watching)
+	}()
+	served := make(chan error, 1)
+	go func() { served <- e.app.Listener(l) }()
+	var err error
+	select {
+	case err = <-served:
+	case <-ctx.Done():
+		err = errors.Join(e.shutdown(ctx), <-served)
+	}
+	stopWatching()
+	<-watched
+	return err
+}
+
+// lastWords is how long replies that are ended by the drain have to say so.
+const lastWords = 3 * time.Second
+
+func (e *Edge) shutdown(ctx context.Context) error {
+	e.draining.Store(true)
+	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.cfg.Drain)
+	defer cancel()
+	if err := e.app.ShutdownWithContext(drain); err == nil {
+		return nil
+	}
+	// fasthttp leaves the streams that are still open running; each has to be ended.
+	e.Log.Warn("drain time is over, replies are ended", "active", e.Dispatcher.Active())
+	e.Dispatcher.InterruptAll(schemas.Errorf(schemas.CodeInternalError,
+		"This server is shutting down. Send the request again."))
+	final, cancelFinal := context.WithTimeout(context.WithoutCancel(ctx), lastWords)
+	defer cancelFinal()
+	if err := e.app.ShutdownWithContext(final); err != nil {
+		return fmt.Errorf("shut the edge down: %w", err)
+	}
+	return nil
+}
+
+func knownMethod(m string) bool {
+	switch m {
+	case fiber.MethodGet, fiber.MethodHead, fiber.MethodPost, fiber.MethodPut, fiber.MethodPatch,
+		fiber.MethodDelete, fiber.MethodOptions, fiber.MethodConnect, fiber.MethodTrace:
+		return true
+	}
+	return false
+}
+
+// healthz says that the process is alive.
+func (e *Edge) healthz(c *fiber.Ctx) error { return c.JSON(fiber.Map{"status": "ok"}) }
+
+// readyz says whether the edge can do its work, and if not, what is missing.
+func (e *Edge) readyz(c *fiber.Ctx) error {
+	r := e.Readiness(c.UserContext())
+	if !r.Ready {
+		c.Status(fiber.StatusServiceUnavailable)
+	}
+	return c.JSON(r)
+}
+
+// Readiness is whether an edge can do its work.
+type Readiness struct {
+	Ready    bool   `json:"ready"`
+	Postgres string `json:"postgres"` // "ok" or "down"
+	NATS     string `json:"nats"`     // "ok", "down" or "learning"
+	Draining bool   `json:"draining"`
+}
+
+// pingWait bounds the question to Postgres.
+const pingWait = time.Second
+
+// Readiness asks what the edge depends on.
+func (e *Edge) Readiness(ctx context.Context) Readiness {
+	r := Readiness{Postgres: "ok", NATS: "ok", Draining: e.draining.Load()}
+	ping, cancel := context.WithTimeout(ctx, pingWait)
+	defer cancel()
+	if err := e.Books.Ping(ping); err != nil {
+		r.Postgres = "down"
+	}
+	switch {
+	case !e.Feed.Connected():
+		r.NATS = "down"
+	case !e.Feed.Ready():
+		r.NATS = "learning" // who is there
+	}
+	r.Ready = r.Postgres == "ok" && r.NATS == "ok" && !r.Draining
+	return r
+}

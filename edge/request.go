@@ -1,0 +1,246 @@
+package edge
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/gofiber/fiber/v2"
+	"github.com/valyala/fasthttp"
+	oteltrace "go.opentelemetry.io/otel/trace"
+
+	"github.com/ownllm/ownllm/broker/apikey"
+	"github.com/ownllm/ownllm/broker/keyring"
+	"github.com/ownllm/ownllm/broker/metric"
+	"github.com/ownllm/ownllm/broker/trace"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// call is what the edge knows of an HTTP request, owned by it.
+type call struct {
+	id       schemas.RequestID
+	received time.Time
+	method   string
+	addr     netip.Addr
+	conn     net.Conn
+	// streaming says that the reply outlives its handler, and is counted at its end.
+	streaming bool
+}
+
+const callKey = "ownllm.call"
+
+// begin gives every request its id.
+func (e *Edge) begin(c *fiber.Ctx) error {
+	in := &call{
+		id: schemas.NewRequestID(), received: time.Now(), method: c.Method(),
+		addr: e.clientAddr(c), conn: c.Context().Conn(),
+	}
+	c.Locals(callKey, in)
+	c.Set("X-Request-Id", string(in.id))
+	e.Metrics.RequestStarted(c.UserContext())
+	err := c.Next()
+	if err == nil && !in.streaming {
+		e.Metrics.RequestEnded(c.UserContext(), operation(c), metric.CodeOK)
+	}
+	return err
+}
+
+func callOf(c *fiber.Ctx) *call {
+	in, ok := c.Locals(callKey).(*call)
+	if !ok { // the request failed before any handler saw it
+		return &call{received: time.Now()}
+	}
+	return in
+}
+
+// clientAddr is the address of the client: the peer's, or, if that is a trusted
+// proxy, the last one in X-Forwarded-For that isn't. Earlier ones are whatever the
+// client wrote.
+func (e *Edge) clientAddr(c *fiber.Ctx) netip.Addr {
+	peer, ok := netip.AddrFromSlice(c.Context().RemoteIP())
+	if !ok {
+		return netip.Addr{}
+	}
+	peer = peer.Unmap()
+	if !e.trusted(peer) {
+		return peer
+	}
+	hops := strings.Split(c.Get(fiber.HeaderXForwardedFor), ",")
+	for i := len(hops) - 1; i >= 0; i-- {
+		addr, err := netip.ParseAddr(strings.TrimSpace(hops[i]))
+		if err != nil {
+			break
+		}
+		if addr = addr.Unmap(); !e.trusted(addr) {
+			return addr
+		}
+	}
+	return peer
+}
+
+func (e *Edge) trusted(a netip.Addr) bool {
+	for _, p := range e.cfg.TrustedProxies {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// authenticate checks the key of a request. An address that has made too many bad
+// requests may go on only with keys that are known to be good, so that guessing costs
+// nothing but the guesser's time.
+func (e *Edge) authenticate(ctx context.Context, c *fiber.Ctx, in *call) (keyring.Identity, error) {
+	key, err := apikey.Parse(c.Get(fiber.HeaderAuthorization))
+	if err != nil {
+		return keyring.Identity{}, err
+	}
+	if e.failures.exhausted(in.addr, in.received) && !e.Keys.Cached(key) {
+		return keyring.Identity{}, errTooManyFailures()
+	}
+	id, err := e.Keys.Authenticate(ctx, key, e.slug(c.Hostname()))
+	var known *schemas.Error
+	if err != nil && !errors.As(err, &known) || known != nil && known.Code == schemas.CodeInternalError {
+		e.Log.ErrorContext(ctx, "key not checked", "request", in.id, "error", err)
+	}
+	return id, err
+}
+
+// slug is the tenant that a host name stands for, or empty if it stands for none.
+func (e *Edge) slug(host string) string {
+	if e.cfg.BaseDomain == "" {
+		return ""
+	}
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	slug, ok := strings.CutSuffix(strings.ToLower(host), "."+strings.ToLower(e.cfg.BaseDomain))
+	if !ok {
+		return ""
+	}
+	return slug
+}
+
+// readBody reads the body of a request into memory of its own.
+func (e *Edge) readBody(c *fiber.Ctx) (string, error) {
+	limit := e.cfg.BodyLimit
+	tooLarge := schemas.Errorf(schemas.CodeRequestTooLarge,
+		"The body is larger than the %d bytes that this server takes.", limit)
+	length := c.Request().Header.ContentLength()
+	if length > limit {
+		return "", tooLarge
+	}
+	if encoding := c.Get(fiber.HeaderContentEncoding); encoding != "" && !strings.EqualFold(encoding, "identity") {
+		return "", schemas.Errorf(schemas.CodeInvalidJSON, "The body is encoded as %q; send it unencoded.", encoding)
+	}
+	stream := c.Context().RequestBodyStream()
+	if stream == nil {
+		return string(c.Request().Body()), nil
+	}
+	var body strings.Builder
+	if length > 0 {
+		body.Grow(length)
+	}
+	n, err := io.Copy(&body, io.LimitReader(stream, int64(limit)+1))
+	switch {
+	case n > int64(limit):
+		return "", tooLarge
+	case err != nil:
+		return "", schemas.Errorf(schemas.CodeInvalidJSON, "The body ended early: %d bytes of it came.", n)
+	}
+	return body.String(), nil
+}
+
+// fail is the error handler of every route: it writes the envelope.
+func (e *Edge) fail(c *fiber.Ctx, err error) error {
+	in := callOf(c)
+	known := e.translate(c, err)
+	if in.id == "" {
+		c.Set("X-Request-Id", string(schemas.NewRequestID()))
+	}
+	// A bad request uses up the address's allowance, and beyond that all bad requests
+	// look the same.
+	switch status := known.Status(); {
+	case status == 400 || status == 401 || status == 404 || status == 405 || status == 413:
+		if !e.failures.allow(in.addr, in.received) {
+			known = errTooManyFailures()
+		}
+	case status == 500:
+		e.Log.ErrorContext(c.UserContext(), "request failed", "request", in.id, "error", err)
+	}
+	trace.End(oteltrace.SpanFromContext(c.UserContext()), known)
+	if in.id != "" { // else it never began
+		e.Metrics.RequestEnded(c.UserContext(), operation(c), known.Code)
+	}
+	writeError(c.Response(), known)
+	if e.Log.Enabled(c.UserContext(), slog.LevelDebug) {
+		e.Log.DebugContext(c.UserContext(), "request refused", "request", in.id, "code", known.Code, "status", known.Status())
+	}
+	return nil
+}
+
+func (e *Edge) translate(c *fiber.Ctx, err error) *schemas.Error {
+	var known *schemas.Error
+	if errors.As(err, &known) {
+		return known
+	}
+	var f *fiber.Error
+	if !errors.As(err, &f) {
+		return schemas.AsError(err)
+	}
+	switch f.Code {
+	case fiber.StatusNotFound:
+		return schemas.Errorf(schemas.CodeNotFound, "There is no route %s %s.", c.Method(), c.Path())
+	case fiber.StatusMethodNotAllowed:
+		return schemas.Errorf(schemas.CodeMethodNotAllowed, "%s doesn't take %s.", c.Path(), c.Method())
+	case fiber.StatusRequestEntityTooLarge:
+		return schemas.Errorf(schemas.CodeRequestTooLarge, "The body is larger than the %d bytes that this server takes.", e.cfg.BodyLimit)
+	case fiber.StatusRequestHeaderFieldsTooLarge:
+		return schemas.Errorf(schemas.CodeRequestTooLarge, "The headers are larger than the %d bytes that this server takes.", headerLimit)
+	case fiber.StatusInternalServerError:
+		return schemas.AsError(err)
+	}
+	return schemas.Errorf(schemas.CodeInvalidValue, "The request isn't valid HTTP.")
+}
+
+func errTooManyFailures() *schemas.Error {
+	return schemas.Errorf(schemas.CodeTooManyFailures,
+		"Too many bad requests came from your address. Correct the key or the request, and try again in a few seconds.").WithRetryAfter(2 * time.Second)
+}
+
+// writeError writes status, headers and envelope of an error.
+func writeError(resp *fasthttp.Response, err *schemas.Error) {
+	resp.SetStatusCode(err.Status())
+	resp.Header.SetContentType(fiber.MIMEApplicationJSON)
+	if s := err.RetryAfterSeconds(); s > 0 {
+		resp.Header.Set(fiber.HeaderRetryAfter, strconv.Itoa(s))
+	}
+	if !err.Retryable() {
+		resp.Header.Set("X-Should-Retry", "false")
+	}
+	resp.SetBody(append(err.AppendJSON(nil), '\n'))
+}
+
+func refuseMethod(ctx *fasthttp.RequestCtx) {
+	ctx.Response.Header.Set("X-Request-Id", string(schemas.NewRequestID()))
+	writeError(&ctx.Response, schemas.Errorf(schemas.CodeMethodNotAllowed, "This server doesn't know the method that you used."))
+}
+
+// operation names what a request does, in metrics.
+func operation(c *fiber.Ctx) string {
+	switch path := c.Path(); {
+	case path == "/v1/chat/completions":
+		return operationChat
+	case strings.HasPrefix(path, "/v1/models"):
+		return "models"
+	case strings.HasPrefix(path, "/api/v1/"):
+		return "admin"
+	}
+	return "other"
+}

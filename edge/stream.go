@@ -1,0 +1,139 @@
+package edge
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"time"
+
+	"github.com/gofiber/fiber/v2"
+
+	"github.com/ownllm/ownllm/broker/dispatch"
+)
+
+const (
+	// learnWait is the advice to clients of an edge that has to find its feet.
+	learnWait = 2 * time.Second
+	// stallGrace is how long a stalled client has to take the error that ends its
+	// stream, before its connection is broken off.
+	stallGrace = 2 * time.Second
+)
+
+// The pieces of a stream of server-sent events. A keep-alive is a comment with one
+// newline: a blank line behind it would make an empty event of it, which breaks older
+// Go SDKs, and any named event breaks the ones of Node and Python.
+const (
+	eventData = "data: "
+	eventEnd  = "\n\n"
+	eventDone = "data: [DONE]\n\n"
+	keepAlive = ": waiting\n"
+)
+
+// sendWhole waits for a reply that isn't streamed, and sends it.
+func (w *watched) sendWhole(c *fiber.Ctx) error {
+	var body []byte
+	for {
+		ev := w.reply.Next()
+		switch ev.Kind {
+		case dispatch.EventTick:
+			continue
+		case dispatch.EventError:
+			w.end(ev.Err)
+			return ev.Err
+		}
+		if body == nil && len(ev.Payload) == 1 {
+			body = ev.Payload[0]
+		} else {
+			body = append(body, bytes.Join(ev.Payload, nil)...)
+		}
+		if ev.Kind == dispatch.EventDone {
+			break
+		}
+	}
+	w.answered = true
+	w.end(nil)
+	c.Response().Header.SetContentType(fiber.MIMEApplicationJSON)
+	c.Response().SetBodyRaw(body)
+	return nil
+}
+
+// sendStream waits for the first event, which decides the status, and leaves the
+// rest to the server, which reads from w until the end.
+func (w *watched) sendStream(c *fiber.Ctx) error {
+	ev := w.reply.Next()
+	if ev.Kind == dispatch.EventError && len(ev.Payload) == 0 {
+		w.end(ev.Err)
+		return ev.Err
+	}
+	w.answered = true
+	w.edge.Metrics.StreamOpened(w.ctx)
+	w.append(ev)
+	h := &c.Response().Header
+	h.SetContentType("text/event-stream")
+	h.Set(fiber.HeaderCacheControl, "no-cache")
+	h.Set("X-Accel-Buffering", "no") // nginx would hold tokens back
+	c.Context().SetBodyStream(w, -1)
+	return nil
+}
+
+// Read implements io.Reader: it waits for the next event and hands it out as
+// server-sent events. Whatever one call returns is flushed to the client at once.
+func (w *watched) Read(p []byte) (int, error) {
+	for len(w.out) == 0 {
+		if w.over {
+			return 0, io.EOF
+		}
+		w.append(w.reply.Next())
+	}
+	n := copy(p, w.out)
+	w.out = w.out[n:]
+	if len(w.out) == 0 {
+		w.out = w.buf[:0]
+	}
+	return n, nil
+}
+
+// append renders an event behind what hasn't been read yet.
+func (w *watched) append(ev dispatch.Event) {
+	w.buf = w.out
+	for _, lines := range ev.Payload {
+		for len(lines) > 0 {
+			line, rest, _ := bytes.Cut(lines, newline)
+			lines = rest
+			if len(line) > 0 {
+				w.buf = append(w.buf, eventData...)
+				w.buf = append(w.buf, line...)
+				w.buf = append(w.buf, eventEnd...)
+			}
+		}
+	}
+	switch ev.Kind {
+	case dispatch.EventTick:
+		w.buf = append(w.buf, keepAlive...)
+	case dispatch.EventDone:
+		w.over = true
+		w.buf = append(w.buf, eventDone...)
+	case dispatch.EventError:
+		w.over, w.err = true, ev.Err
+		w.buf = append(w.buf, eventData...)
+		w.buf = ev.Err.AppendJSON(w.buf)
+		w.buf = append(w.buf, eventEnd...)
+	}
+	w.out = w.buf
+}
+
+var newline = []byte{'\n'}
+
+// Close implements io.Closer: the server calls it when the stream has ended or the
+// client can't be written to any more.
+func (w *watched) Close() error {
+	w.end(w.err)
+	return nil
+}
+
+// breakOff ends a connection whose client doesn't read.
+func breakOff(conn net.Conn) {
+	if conn != nil {
+		_ = conn.SetWriteDeadline(time.Now().Add(stallGrace))
+	}
+}

@@ -1,0 +1,116 @@
+package command
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/broker/registry"
+)
+
+// brokerCommand is `ownllm broker`.
+type brokerCommand struct {
+	NATSOptions
+	DatabaseOptions
+	QueueOptions
+	OpsListen string `default:"127.0.0.1:9193" placeholder:"ADDR" help:"Address of /metrics, /healthz and pprof. Default: 127.0.0.1:9193."`
+	LogOptions
+}
+
+// QueueOptions shape the queue of jobs.
+type QueueOptions struct {
+	QueueBound    int64         `default:"256" placeholder:"N" help:"Jobs that one model of one agent may have, waiting and running together; more get queue_full. Default: 256."`
+	QueueMaxAge   time.Duration `default:"1h" placeholder:"DURATION" help:"How long a job may lie in the queue at the most; longer than any --total-timeout. Default: 1h."`
+	QueueReplicas int           `default:"1" placeholder:"N" help:"Copies of the queue in a NATS cluster: 1, 3 or 5. Default: 1."`
+}
+
+func (o QueueOptions) check(p *problems) {
+	if o.QueueBound < 1 {
+		p.add("--queue-bound: %d is less than 1", o.QueueBound)
+	}
+	if o.QueueMaxAge < time.Minute {
+		p.add("--queue-max-age: %s is less than a minute", o.QueueMaxAge)
+	}
+	if o.QueueReplicas != 1 && o.QueueReplicas != 3 && o.QueueReplicas != 5 {
+		p.add("--queue-replicas: %d isn't 1, 3 or 5", o.QueueReplicas)
+	}
+}
+
+// Help shows examples.
+func (brokerCommand) Help() string {
+	return `Makes the queues and answers the workers. Run two, against the same NATS and Postgres.
+
+Examples:
+
+    export OWNLLM_DATABASE_URL=postgres://ownllm:…@db/ownllm OWNLLM_NATS_TOKEN=…
+    ownllm broker --nats-url nats://nats:4222`
+}
+
+// Validate reports all problems of the flags at once.
+func (c *brokerCommand) Validate() error {
+	var p problems
+	c.NATSOptions.check(&p)
+	c.DatabaseOptions.check(&p, true)
+	c.QueueOptions.check(&p)
+	address(&p, "--ops-listen", c.OpsListen)
+	return p.err()
+}
+
+// Run serves until ctx ends.
+func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
+	log, err := c.logger(env)
+	if err != nil {
+		return err
+	}
+	natsConfig, err := c.NATSOptions.config(env)
+	if err != nil {
+		return err
+	}
+	tel, err := startTelemetry(ctx, "ownllm-broker", log)
+	if err != nil {
+		return err
+	}
+	defer tel.stop(log)
+	store, err := openBooks(ctx, c.DatabaseURL.Reveal())
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	agents := presence.NewTable()
+	nc, reg, err := newRegistry(ctx, natsConfig, c.QueueOptions, store, agents, log)
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	ops, err := listen("--ops-listen", c.OpsListen)
+	if err != nil {
+		return err
+	}
+	log.Info("broker is up", "operations", ops.Addr().String())
+	return runParts(ctx, opsPart(ops, tel, nil),
+		part{"presence", presence.NewFeed(nc, agents, log).Run},
+		part{"registry", reg.Run})
+}
+
+// newRegistry provisions the queue and returns the registry that serves it.
+func newRegistry(ctx context.Context, natsConfig bus.Config, o QueueOptions, store *books.Store, agents *presence.Table, log *slog.Logger) (*nats.Conn, *registry.Registry, error) {
+	natsConfig.Name = "ownllm-broker"
+	nc, err := bus.Connect(natsConfig, log)
+	if err != nil {
+		return nil, nil, unreachableError{err}
+	}
+	queue, err := bus.NewQueue(nc)
+	if err == nil {
+		err = queue.Provision(ctx, bus.QueueConfig{PerModel: o.QueueBound, MaxAge: o.QueueMaxAge, Replicas: o.QueueReplicas})
+	}
+	if err != nil {
+		nc.Close()
+		return nil, nil, err
+	}
+	return nc, registry.New(nc, queue, store, agents, log), nil
+}

@@ -1,0 +1,27 @@
+package command
+
+import "github.com/alecthomas/kong"
+
+// cli is the whole command line.
+type cli struct {
+	Up     upCommand     `cmd:"" group:"serve" help:"Run everything in one process."`
+	Edge   edgeCommand   `cmd:"" group:"serve" help:"Serve the HTTP API."`
+	Broker brokerCommand `cmd:"" group:"serve" help:"Make the queues and answer the workers."`
+	Worker workerCommand `cmd:"" group:"serve" help:"Serve the models of this machine."`
+	Demo   demoCommand   `cmd:"" group:"serve" help:"Serve the demo model by itself, for load tests and fault tests."`
+
+	Status  statusCommand  `cmd:"" group:"look" help:"Show whether the edge, its agents and their models are up."`
+	Agents  agentsCommand  `cmd:"" group:"look" help:"List the GPU machines."`
+	Models  modelsCommand  `cmd:"" group:"look" help:"List the models that the agents have."`
+	Tenants tenantsCommand `cmd:"" group:"admin" help:"Create, list, suspend and resume tenants."`
+	Users   usersCommand   `cmd:"" group:"admin" help:"Create, list, deactivate and activate users."`
+	Keys    keysCommand    `cmd:"" group:"admin" help:"Create, list and revoke API keys."`
+	Version versionCommand `cmd:"" help:"Show the version of this program."`
+}
+
+// groups are the headings of the list of commands.
+var groups = []kong.Group{
+	{Key: "serve", Title: "Serve:"},
+	{Key: "look", Title: "Look:"},
+	{Key: "admin", Title: "Administer:"},
+}

@@ -1,0 +1,121 @@
+package command
+
+import (
+	"context"
+	"log/slog"
+	"net"
+
+	"github.com/nats-io/nats.go"
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/dispatch"
+	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/edge"
+	"github.com/ownllm/ownllm/internal/secret"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// front is an edge with all that it stands on, but the books.
+type front struct {
+	tokens, bulk *nats.Conn
+	agents       *presence.Table
+	feed         *presence.Feed
+	dispatcher   *dispatch.Dispatcher
+	keys         *keyring.Keyring
+	edge         *edge.Edge
+}
+
+type frontOptions struct {
+	http       HTTPOptions
+	deadlines  DeadlineOptions
+	limits     LimitOptions
+	adminToken secret.String
+}
+
+func newFront(ctx context.Context, natsConfig bus.Config, store *books.Store, tel *tele, o frontOptions, log *slog.Logger) (f *front, err error) {
+	f = &front{agents: presence.NewTable()}
+	defer func() {
+		if err != nil {
+			f.close()
+		}
+	}()
+	if f.tokens, f.bulk, err = connect(natsConfig, "edge", log); err != nil {
+		return nil, err
+	}
+	if err := restore(ctx, store, f.agents); err != nil {
+		return nil, err
+	}
+	queue, err := bus.NewQueue(f.tokens)
+	if err != nil {
+		return nil, err
+	}
+	f.feed = presence.NewFeed(f.tokens, f.agents, log)
+	cfg := dispatch.DefaultConfig()
+	cfg.ColdWait, cfg.FirstToken = o.deadlines.ColdWait, o.deadlines.FirstTokenTimeout
+	cfg.Idle, cfg.Total = o.deadlines.IdleTimeout, o.deadlines.TotalTimeout
+	f.dispatcher, err = dispatch.New(dispatch.Parts{
+		Tokens: f.tokens, Bulk: f.bulk, Agents: f.agents, Feed: f.feed,
+		Metrics: tel.metrics, Tracer: tel.tracer, Log: log,
+	}, cfg)
+	if err != nil {
+		return nil, err
+	}
+	f.keys = keyring.New(store, log)
+	f.edge = edge.New(edge.Config{
+		CertFile: o.http.TLSCert, KeyFile: o.http.TLSKey, TrustedProxies: o.http.TrustedProxy,
+		BaseDomain: o.http.BaseDomain, CORSOrigins: o.http.CORSOrigin, BodyLimit: int(o.http.BodyLimit),
+		FailureRate: o.limits.FailureRate, FailureBurst: o.limits.FailureBurst,
+		AdminToken: o.adminToken.Reveal(), Drain: o.deadlines.DrainTimeout, Version: Version(),
+	}, edge.Parts{
+		Keys: f.keys, Agents: f.agents, Feed: f.feed, Dispatcher: f.dispatcher, Books: store, Queue: queue,
+		Metrics: tel.metrics, Tracer: tel.tracer, Log: log,
+	})
+	return f, nil
+}
+
+// parts are what has to run before the edge can serve.
+func (f *front) parts() []part {
+	return []part{
+		{"keyring", f.keys.Run},
+		{"dispatcher", f.dispatcher.Run},
+		{"presence", f.feed.Run},
+	}
+}
+
+func (f *front) serve(l net.Listener) part {
+	return part{"edge", func(ctx context.Context) error { return f.edge.Serve(ctx, l) }}
+}
+
+func (f *front) close() {
+	for _, nc := range []*nats.Conn{f.tokens, f.bulk} {
+		if nc != nil {
+			nc.Close()
+		}
+	}
+}
+
+// restore tells the table of the agents that the books know.
+func restore(ctx context.Context, store *books.Store, table *presence.Table) error {
+	for cursor := ""; ; {
+		list, next, err := store.ListAgents(ctx, "", books.Page{After: cursor})
+		if err != nil {
+			return unavailable(err)
+		}
+		for _, a := range list {
+			table.Restore(presence.Known{Tenant: a.Tenant, Agent: a.ID, Name: a.Name, LastSeen: a.LastSeen, Inventory: a.Inventory})
+		}
+		if cursor = next; cursor == "" {
+			return nil
+		}
+	}
+}
+
+// models are the ids that the agents of a tenant offer right now.
+func (f *front) models(tenant string) []string {
+	models, _ := f.agents.Models(schemas.TenantID(tenant))
+	ids := make([]string, 0, len(models))
+	for _, m := range models {
+		ids = append(ids, m.ID)
+	}
+	return ids
+}

@@ -1,0 +1,47 @@
+package command
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// part is something that runs until its context ends.
+type part struct {
+	name string
+	run  func(context.Context) error
+}
+
+// runParts starts the parts in their order, and stops them in the opposite order,
+// each once the one before has stopped, so that nothing loses what it stands on: the
+// edge drains while its bus is there. They are stopped when ctx ends, or when any of
+// them ends by itself.
+func runParts(ctx context.Context, parts ...part) error {
+	type running struct {
+		cancel context.CancelFunc
+		done   chan error
+	}
+	ended := make(chan struct{}, len(parts))
+	started := make([]running, 0, len(parts))
+	for _, p := range parts {
+		partCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		r := running{cancel, make(chan error, 1)}
+		go func() {
+			r.done <- p.run(partCtx)
+			ended <- struct{}{}
+		}()
+		started = append(started, r)
+	}
+	select {
+	case <-ctx.Done():
+	case <-ended:
+	}
+	var errs []error
+	for i := len(started) - 1; i >= 0; i-- {
+		started[i].cancel()
+		if err := <-started[i].done; err != nil && !errors.Is(err, context.Canceled) {
+			errs = append(errs, fmt.Errorf("%s: %w", parts[i].name, err))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,261 @@
+package backend
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/tidwall/gjson"
+
+	"github.com/ownllm/ownllm/schemas"
+)
+
+const (
+	// maxErrorBody bounds what is read of an error answer, maxReply of a reply that
+	// isn't streamed, in bytes.
+	maxErrorBody = 64 << 10
+	maxReply     = 64 << 20
+	// maxBatch is the size in bytes after which Next adds no further chunk.
+	maxBatch = 64 << 10
+	// drainWait is how long Close waits for the end of the HTTP reply, after the end of
+	// the stream in it, so that the connection can serve again.
+	drainWait = 100 * time.Millisecond
+)
+
+// Call is one chat completion to run.
+type Call struct {
+	// Model is the id under which Models offers the model.
+	Model string
+	// Body is the client's request, a JSON object; it isn't changed.
+	Body []byte
+	// Stream says whether the reply is streamed, IncludeUsage whether the stream ends
+	// with a chunk that carries the usage.
+	Stream, IncludeUsage bool
+	// Completion, Created and ReplyModel become id, created and model of the reply.
+	Completion string
+	Created    int64
+	ReplyModel string
+	// PromptTokens is the exact size of the prompt if it was counted; it stands in for
+	// the usage of a server that tells none.
+	PromptTokens int
+}
+
+// Chat sends the call to the server and returns once it answers: at once or when the
+// first token comes for a stream, and when all is said for a reply that isn't. The
+// context governs the whole reply, until Close.
+//
+// The error is a *schemas.Error, or, when the context ended, wraps its cause.
+func (b *Backend) Chat(ctx context.Context, c *Call) (*Reply, error) {
+	id, err := b.resolve(c.Model)
+	if err != nil {
+		return nil, err
+	}
+	body, err := b.kind.requestBody(c, id)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	req, err := b.newRequest(ctx, http.MethodPost, "/v1/chat/completions", body)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	if c.Stream {
+		req.Header.Set("Accept", "text/event-stream")
+	}
+	resp, err := b.transport.RoundTrip(req)
+	if err != nil {
+		defer cancel()
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("chat with %s backend: %w", b.kind, context.Cause(ctx))
+		}
+		return nil, b.kind.unreachable(err)
+	}
+	if resp.StatusCode != http.StatusOK || c.Stream && !isStream(resp.Header) {
+		defer cancel()
+		return nil, b.refused(ctx, c, resp)
+	}
+	r := &Reply{kind: b.kind, call: c, ctx: ctx, cancel: cancel, body: resp.Body}
+	r.rewriter.reset(c)
+	if c.Stream {
+		r.events.r = readers.Get().(*bufio.Reader)
+		r.events.r.Reset(resp.Body)
+	}
+	return r, nil
+}
+
+func isStream(h http.Header) bool {
+	mediaType, _, err := mime.ParseMediaType(h.Get("Content-Type"))
+	return err == nil && mediaType == "text/event-stream"
+}
+
+// refused is the error of an answer that isn't a reply.
+func (b *Backend) refused(ctx context.Context, c *Call, resp *http.Response) error {
+	defer resp.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody))
+	if err != nil && ctx.Err() != nil {
+		return fmt.Errorf("chat with %s backend: %w", b.kind, context.Cause(ctx))
+	}
+	status := resp.StatusCode
+	if status == http.StatusOK {
+		// Not a stream: an error perhaps, whose own code tells more than the status.
+		reply := gjson.ParseBytes(text)
+		if e := reply.Get("error"); reply.Get("object").String() != "error" && (!e.Exists() || !blames([]byte(e.Raw))) {
+			return b.kind.broken("answered with something that isn't a stream.")
+		}
+		status = 0
+	}
+	complaint := readComplaint(status, text)
+	complaint.retry = retryAfter(resp.Header)
+	return b.kind.refusal(c.Model, complaint)
+}
+
+var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, readBuffer) }}
+
+// Reply is the reply to a Call. It is for one goroutine, and has to be closed.
+type Reply struct {
+	kind     Kind
+	call     *Call
+	ctx      context.Context // of the request, whose cause tells why it broke off
+	cancel   context.CancelFunc
+	body     io.ReadCloser
+	events   events
+	rewriter rewriter
+	whole    bool  // the reply came to its end
+	err      error // what Next returns from now on
+}
+
+// Next appends the next chunks of a stream to dst, each one a line of JSON with its
+// newline: it waits for one, and adds those that are already there.
+//
+// It returns io.EOF at the end of a whole reply, a *schemas.Error when the server
+// failed, and what wraps the cause of the context when that ended. As with io.Reader,
+// the last chunks may come together with the error, so look at dst first.
+func (r *Reply) Next(dst []byte) ([]byte, error) {
+	start := len(dst)
+	for r.err == nil {
+		if len(dst)-start > maxBatch {
+			return dst, nil
+		}
+		data, failed, err := r.events.next(len(dst) == start)
+		switch {
+		case err == errNotYet:
+			return dst, nil
+		case err == io.EOF:
+			dst = r.finish(dst)
+		case err != nil:
+			r.fail(err)
+		case failed:
+			r.fail(&backendFailure{data})
+		case string(bytes.TrimSpace(data)) == "[DONE]":
+			dst = r.finish(dst)
+		case len(data) > 0:
+			if dst, err = r.rewriter.chunk(dst, data); err != nil {
+				r.fail(err)
+			}
+		}
+	}
+	return dst, r.err
+}
+
+// finish ends a stream: whole if every choice was finished, else with an error.
+func (r *Reply) finish(dst []byte) []byte {
+	if !r.rewriter.finished() {
+		if r.kind == Ollama {
+			r.err = r.kind.broken("stopped in the middle of the reply. It doesn't tell why; its own log does.")
+		} else {
+			r.err = r.kind.broken("stopped in the middle of the reply.")
+		}
+		return dst
+	}
+	r.whole, r.err = true, io.EOF
+	return r.rewriter.end(dst, r.call.PromptTokens)
+}
+
+func (r *Reply) fail(err error) {
+	if r.ctx.Err() != nil {
+		r.err = fmt.Errorf("reply of %s backend: %w", r.kind, context.Cause(r.ctx))
+		return
+	}
+	r.err = r.kind.interrupted(r.call.Model, err)
+}
+
+// Body returns the whole reply of a call that isn't streamed, as one JSON object.
+// Its errors are those of Next, without io.EOF.
+func (r *Reply) Body() ([]byte, error) {
+	if r.err != nil {
+		return nil, r.err
+	}
+	data, err := io.ReadAll(io.LimitReader(r.body, maxReply+1))
+	if err != nil {
+		r.fail(err)
+		return nil, r.err
+	}
+	if len(data) > maxReply {
+		r.err = r.kind.broken("sent a reply of more than %d MiB.", maxReply>>20)
+		return nil, r.err
+	}
+	out, err := r.rewriter.whole(make([]byte, 0, len(data)+256), data, r.call.PromptTokens)
+	switch {
+	case err != nil:
+		r.fail(err)
+		return nil, r.err
+	case !r.rewriter.finished():
+		r.err = r.kind.broken("stopped in the middle of the reply.")
+		return nil, r.err
+	}
+	r.whole, r.err = true, errDone
+	return out, nil
+}
+
+// errDone is what a second call of Body returns.
+var errDone = errors.New("reply was read already")
+
+// Tokens is the number of output tokens so far: the server's own figure where it
+// tells one while it goes, else one for each chunk that carries text, reasoning or a
+// piece of a tool call.
+func (r *Reply) Tokens() int { return r.rewriter.tokens() }
+
+// Usage is what the reply burnt, final once Next has returned io.EOF or Body its
+// reply. The prompt is 0 if neither the server nor the Call told its size.
+func (r *Reply) Usage() schemas.Usage {
+	prompt := r.call.PromptTokens
+	if r.rewriter.prompt >= 0 {
+		prompt = r.rewriter.prompt
+	}
+	return schemas.Usage{PromptTokens: prompt, CompletionTokens: r.rewriter.tokens()}
+}
+
+// Close ends the reply. A server that is still generating is cut off, which makes it
+// stop.
+func (r *Reply) Close() error {
+	if r.body == nil {
+		return nil
+	}
+	if r.whole {
+		// What is left is at most the end mark of the HTTP reply. A server that holds it
+		// back loses the connection.
+		timer := time.AfterFunc(drainWait, r.cancel)
+		_, _ = io.CopyN(io.Discard, r.body, maxErrorBody)
+		timer.Stop()
+	}
+	r.cancel()
+	err := r.body.Close()
+	r.body = nil
+	if r.events.r != nil {
+		r.events.r.Reset(nil)
+		readers.Put(r.events.r)
+		r.events.r = nil
+	}
+	if r.err == nil {
+		r.err = errDone
+	}
+	return err
+}

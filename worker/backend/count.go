@@ -1,0 +1,129 @@
+package backend
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/tidwall/gjson"
+)
+
+const (
+	// A chat template adds to the messages: a system prompt of its own, the markers of
+	// each message, and instructions where there are tools, whose JSON it may indent.
+	templateBytes = 1024
+	messageBytes  = 16
+	toolFactor    = 3
+	// leastWindow is the window that Ollama gives a model if nothing says otherwise and
+	// the GPU is small.
+	leastWindow = 4096
+)
+
+// CountPrompt returns how many tokens the prompt of a request has, exactly, by the
+// server's own tokenizer and chat template. It costs a few milliseconds and no GPU
+// time. A server that has no tokenizer to ask, and a prompt with images or audio,
+// give errors.ErrUnsupported.
+func (b *Backend) CountPrompt(ctx context.Context, model string, body []byte) (int, error) {
+	id, err := b.resolve(model)
+	if err != nil {
+		return 0, err
+	}
+	if hasMedia(body) {
+		return 0, fmt.Errorf("count prompt with media: %w", errors.ErrUnsupported)
+	}
+	var n int
+	switch b.kind {
+	case VLLM:
+		n, err = b.vllmCount(ctx, id, body)
+	case LlamaCPP:
+		if body, err = withModel(body, id); err == nil {
+			n, err = b.llamaCount(ctx, body)
+		}
+	default:
+		return 0, fmt.Errorf("count prompt on %s backend: %w", b.kind, errors.ErrUnsupported)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("count prompt on %s backend: %w", b.kind, err)
+	}
+	return n, nil
+}
+
+// CheckContext finds out before a run whether the prompt fits the model's context
+// window, and returns the size of the prompt in tokens where it had to be counted,
+// else 0. A prompt of so few bytes that it fits in any case isn't counted: no
+// tokenizer makes two tokens of one byte.
+//
+// It matters for Ollama, which cuts a prompt that is too long without a word. It has
+// no tokenizer to ask, so it is given the prompt to read, and told not to cut it. The
+// other servers refuse by themselves; here they are asked so that the client hears
+// by how much it is too long.
+//
+// The error is context_length_exceeded, or, when the context ended, wraps its cause.
+// A count that fails is no error: the run will show.
+func (b *Backend) CheckContext(ctx context.Context, model string, body []byte) (int, error) {
+	id, err := b.resolve(model)
+	if err != nil {
+		return 0, err
+	}
+	window := b.window(id)
+	if window == 0 && b.kind == Ollama {
+		window = leastWindow
+	}
+	if window == 0 || hasMedia(body) || mostTokens(body) < window {
+		return 0, nil
+	}
+	if b.kind == Ollama {
+		return 0, b.checkOllama(ctx, id, model, body)
+	}
+	n, err := b.CountPrompt(ctx, model, body)
+	switch {
+	case ctx.Err() != nil:
+		return 0, fmt.Errorf("check context: %w", context.Cause(ctx))
+	case err != nil:
+		return 0, nil
+	case n >= window:
+		// A prompt as long as the window leaves no room for a single token.
+		return n, exceeded(model, n, window)
+	}
+	return n, nil
+}
+
+func (b *Backend) checkOllama(ctx context.Context, id, model string, body []byte) error {
+	c, err := b.ollamaFits(ctx, id, body)
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("check context: %w", context.Cause(ctx))
+	case err != nil && c.overflow():
+		c.message, c.lower = "", "" // says less than we do
+		return tooLong(model, &c)
+	}
+	return nil
+}
+
+// mostTokens is a bound that the tokens of a prompt can't pass: the bytes of its
+// messages and tools, as JSON, and what a template adds. JSON escapes only make it
+// longer.
+func mostTokens(body []byte) int {
+	messages := gjson.GetBytes(body, "messages")
+	n := templateBytes + len(messages.Raw) + messageBytes*int(messages.Get("#").Int())
+	if tools := gjson.GetBytes(body, "tools"); tools.IsArray() {
+		n += templateBytes + toolFactor*len(tools.Raw)
+	}
+	for _, name := range []string{"functions", "response_format", "chat_template_kwargs", "documents"} {
+		n += toolFactor * len(gjson.GetBytes(body, name).Raw)
+	}
+	return n
+}
+
+// hasMedia reports whether a message may hold an image, audio or a file, whose
+// tokens can't be told from its bytes. A text that says so itself makes no
+// difference: the quotes around it would be escaped.
+func hasMedia(body []byte) bool {
+	for _, part := range []string{`"image_url"`, `"input_audio"`, `"video_url"`, `"audio_url"`, `"image"`, `"file"`} {
+		if bytes.Contains(body, []byte(part)) {
+			return true
+		}
+	}
+	return false
+}

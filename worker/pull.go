@@ -1,0 +1,213 @@
+package worker
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+const (
+	helloWait  = 2 * time.Second
+	helloRetry = 250 * time.Millisecond
+	// helloPause is how long a worker that was refused waits before it asks again.
+	helloPause = 10 * time.Second
+)
+
+// introduceAndPull says hello whenever that is due, and pulls from the consumers that
+// the broker names, until ctx ends. It returns once nothing is pulled any more. Jobs
+// run under life and are counted in jobs.
+func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGroup) error {
+	type pulling struct {
+		consumer string
+		stop     context.CancelFunc
+	}
+	pulls := make(map[string]pulling) // by model
+	var loops sync.WaitGroup
+	defer loops.Wait()
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-w.introduce:
+		case <-retry.C:
+		}
+		welcome, err := w.hello(ctx)
+		if err != nil {
+			if ctx.Err() == nil && !bus.Down(err) {
+				w.log.Warn("hello failed", "error", err)
+			}
+			retry.Reset(helloRetry)
+			continue
+		}
+		if welcome.Error != nil {
+			w.log.Error("broker refuses this worker", "code", welcome.Error.Code, "error", welcome.Error.Message)
+			retry.Reset(helloPause)
+			continue
+		}
+		for model, p := range pulls {
+			if welcome.Consumers[model] != p.consumer {
+				p.stop()
+				delete(pulls, model)
+			}
+		}
+		for model, consumer := range welcome.Consumers {
+			if _, ok := pulls[model]; ok {
+				continue
+			}
+			pullCtx, cancel := context.WithCancel(ctx)
+			pulls[model] = pulling{consumer, cancel}
+			p := &puller{w: w, stream: welcome.Stream, consumer: consumer}
+			loops.Add(1)
+			go func() {
+				defer loops.Done()
+				defer cancel()
+				if err := p.run(pullCtx, life, jobs); err != nil {
+					w.log.Error("queue not served", "consumer", consumer, "error", err)
+				}
+			}()
+			w.log.Info("serving model", "model", model)
+		}
+	}
+}
+
+// hello introduces the worker to a broker.
+func (w *Worker) hello(ctx context.Context) (*schemas.Welcome, error) {
+	_, inventory := w.stock.inventory()
+	hello := schemas.Hello{
+		Version: schemas.ProtocolVersion, Incarnation: w.incarnation,
+		Software: w.cfg.Software, Host: w.cfg.Host, Inventory: *inventory,
+	}
+	askCtx, cancel := context.WithTimeout(ctx, helloWait)
+	defer cancel()
+	m, err := w.tokens.RequestWithContext(askCtx, schemas.HelloSubject(w.cfg.Tenant, w.cfg.Agent), hello.Encode())
+	if err != nil {
+		return nil, fmt.Errorf("say hello: %w", err)
+	}
+	var welcome schemas.Welcome
+	if err := json.Unmarshal(m.Data, &welcome); err != nil {
+		return nil, fmt.Errorf("read welcome: %w", err)
+	}
+	return &welcome, nil
+}
+
+// puller takes the jobs of one model, one at a time: a job that was pulled and can't
+// start yet is as good as queued, and a connection that dies takes one at the most
+// with it.
+type puller struct {
+	w        *Worker
+	stream   string
+	consumer string
+}
+
+const (
+	pullExpiry = 30 * time.Second
+	// pullGrace is how much later than that a pull counts as lost.
+	pullGrace = 2 * time.Second
+	// pullRetry is the pause after a refused pull.
+	pullRetry = 250 * time.Millisecond
+)
+
+// run pulls until ctx ends. Every pull has a reply subject of its own, so that the
+// status of an old one isn't taken for that of the current one; a job is taken from
+// whichever brings it.
+func (p *puller) run(ctx, life context.Context, jobs *sync.WaitGroup) error {
+	w := p.w
+	inbox := w.tokens.NewInbox()
+	delivered := make(chan *nats.Msg, 64)
+	sub, err := w.tokens.ChanSubscribe(inbox+".*", delivered)
+	if err != nil {
+		return fmt.Errorf("listen to consumer %s: %w", p.consumer, err)
+	}
+	defer sub.Unsubscribe() //nolint:errcheck // the connection may be closed already
+	request := []byte(fmt.Sprintf(`{"batch":1,"expires":%d}`, pullExpiry.Nanoseconds()))
+	subject := "$JS.API.CONSUMER.MSG.NEXT." + p.stream + "." + p.consumer
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	status := w.tokens.StatusChanged(nats.CONNECTED)
+	defer w.tokens.RemoveStatusListener(status)
+	for n := uint64(1); ; n++ {
+		reply := inbox + "." + strconv.FormatUint(n, 10)
+		wait := pullExpiry + pullGrace
+		if err := w.tokens.PublishRequest(subject, reply, request); err != nil {
+			wait = pullRetry
+		}
+		timer.Reset(wait)
+	waiting:
+		for {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-timer.C:
+				break waiting
+			case _, ok := <-status:
+				if !ok { // the connection is closed for good
+					return nil
+				}
+				break waiting // the bus is back, and has forgotten the pull
+			case m := <-delivered:
+				switch code := m.Header.Get("Status"); {
+				case code == "" || len(m.Data) > 0:
+					p.deliver(ctx, life, m, jobs)
+					break waiting
+				case m.Subject != reply || code == "100":
+				case code == "408" || code == "404":
+					break waiting // nothing came
+				default:
+					// The consumer is gone, or was: the next hello makes it again.
+					signal(w.introduce)
+					timer.Reset(pullRetry)
+				}
+			}
+		}
+	}
+}
+
+// deliver starts a job, and returns once the next one may be pulled: when this one
+// has its slot, or waits for something else than a slot.
+func (p *puller) deliver(ctx, life context.Context, m *nats.Msg, jobs *sync.WaitGroup) {
+	r, err := newRun(life, p.w, m)
+	if err != nil {
+		// A job that can't be read can't be claimed either: its owner runs into the
+		// deadline, and nobody else must get it.
+		p.w.log.Error("job dropped", "error", err)
+		p.w.ack(m.Reply, ackTerm)
+		return
+	}
+	if !p.w.adopt(r) {
+		p.w.log.Info("job delivered again, its run goes on", "request", r.job.Request)
+		return
+	}
+	jobs.Add(1)
+	go func() {
+		defer jobs.Done()
+		r.do(m.Header)
+	}()
+	select {
+	case <-r.started:
+	case <-ctx.Done():
+		// Draining: whoever has no slot by now is left to another agent.
+	}
+}
+
+// The acknowledgements of JetStream.
+const (
+	ackDone     = "+ACK"
+	ackProgress = "+WPI"
+	ackTerm     = "+TERM"
+)
+
+func (w *Worker) ack(subject, word string) {
+	if err := w.tokens.Publish(subject, []byte(word)); err != nil && !bus.Down(err) {
+		w.log.Warn("acknowledgement not sent", "error", err)
+	}
+}

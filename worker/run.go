@@ -1,0 +1,271 @@
+package worker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/ownllm/ownllm/broker/trace"
+	"github.com/ownllm/ownllm/schemas"
+	"github.com/ownllm/ownllm/worker/backend"
+)
+
+// run is one delivery of a job to this worker, from its claim to its last frame.
+type run struct {
+	*sender
+	w      *Worker
+	job    *schemas.Job
+	body   []byte
+	ctx    context.Context //nolint:containedctx // a run lives exactly as long as its job
+	cancel context.CancelCauseFunc
+	life   context.Context //nolint:containedctx // of the worker, for what outlives the job
+	// started is closed once the run has its slot, or needs none.
+	started chan struct{}
+	working atomic.Bool // has a slot
+}
+
+func newRun(life context.Context, w *Worker, m *nats.Msg) (*run, error) {
+	job, body, err := schemas.DecodeJob(m.Data)
+	if err != nil {
+		return nil, err
+	}
+	if job.Tenant != w.cfg.Tenant {
+		return nil, fmt.Errorf("job %s is of tenant %s", job.Request, job.Tenant)
+	}
+	r := &run{w: w, job: job, body: body, life: life, started: make(chan struct{})}
+	r.ctx, r.cancel = context.WithCancelCause(life)
+	r.sender = newSender(w, job, m.Reply, r.cancel)
+	return r, nil
+}
+
+// do runs the job. Whatever happens, the owner hears of it, and the job is
+// acknowledged exactly once: a job that must not be run (any more) by anybody is
+// taken out of the queue, since only its owner may start another attempt.
+func (r *run) do(header nats.Header) {
+	defer r.w.forget(r)
+	defer r.cancel(nil)
+	ctx, span := r.w.cfg.Tracer.Process(r.ctx, header, r.job, false)
+	deadline := time.UnixMilli(r.job.Deadline)
+	ctx, cancel := context.WithDeadlineCause(ctx, deadline, errCancelled)
+	defer cancel()
+	err := r.serve(ctx)
+	r.finish(ctx, err)
+	trace.End(span, err)
+}
+
+// serve runs the job and returns nil if it was done. Any other error is told to the
+// owner, unless it was the owner who ended the run.
+func (r *run) serve(ctx context.Context) error {
+	leave := onceClose(r.started)
+	defer leave()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	p, ok := r.w.stock.find(r.job.Model)
+	if !ok {
+		return schemas.Errorf(schemas.CodeModelNotFound, "The GPU machine doesn't have the model %q any more.", r.job.ReplyModel)
+	}
+	if p.cold() {
+		leave() // a load takes no slot
+		r.claim(true)
+		if err := r.warm(ctx, p); err != nil {
+			return err
+		}
+	}
+	if err := p.slots.acquire(ctx); err != nil {
+		return err
+	}
+	defer p.slots.release()
+	r.working.Store(true)
+	defer r.working.Store(false)
+	leave()
+	r.claim(false)
+	body, err := r.fetchBody(ctx)
+	if err != nil {
+		return err
+	}
+	prompt, err := p.backend.CheckContext(ctx, r.job.Model, body)
+	if err != nil {
+		return err
+	}
+	return r.chat(ctx, p.backend, body, prompt)
+}
+
+// warm waits for the model to be loaded, for as long as the request may wait.
+func (r *run) warm(ctx context.Context, p *place) error {
+	l := r.w.stock.warm(r.life, p, r.job.Model)
+	timer := time.NewTimer(time.Duration(r.job.ColdWait) * time.Millisecond)
+	defer timer.Stop()
+	select {
+	case <-l.done:
+		if l.err != nil {
+			return schemas.Errorf(schemas.CodeBackendError, "The model %q couldn't be loaded by its %s server.", r.job.ReplyModel, p.backend.Kind().Label())
+		}
+		return nil
+	case <-timer.C:
+		return schemas.Errorf(schemas.CodeModelLoading, "The model %q is being loaded into memory. Try again in a few seconds.", r.job.ReplyModel).
+			WithRetryAfter(r.w.stock.loadEstimate(r.job.Model))
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// chat calls the backend and sends on what it says.
+func (r *run) chat(ctx context.Context, b *backend.Backend, body []byte, prompt int) error {
+	series := r.w.cfg.Metrics.Series(r.job.Operation, string(b.Kind()), r.job.Model)
+	callCtx, span := r.w.cfg.Tracer.Call(ctx, r.job.Operation, string(b.Kind()), r.job.Model)
+	start := time.Now()
+	err := r.relay(callCtx, b, body, prompt, func() { series.BackendChunk(callCtx, time.Since(start)) })
+	trace.End(span, err)
+	series.BackendCalled(callCtx, time.Since(start), outcome(err))
+	return err
+}
+
+func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, prompt int, first func()) error {
+	reply, err := b.Chat(ctx, &backend.Call{
+		Model: r.job.Model, Body: body, Stream: r.job.Stream, IncludeUsage: r.job.IncludeUsage,
+		Completion: r.job.Completion, Created: r.job.Created, ReplyModel: r.job.ReplyModel,
+		PromptTokens: prompt,
+	})
+	if err != nil {
+		return err
+	}
+	defer reply.Close() //nolint:errcheck // what was read is what counts
+	if !r.job.Stream {
+		whole, err := reply.Body()
+		if err != nil {
+			return err
+		}
+		first()
+		for len(whole) > maxPiece {
+			if err := r.chunk(whole[:maxPiece], reply.Tokens()); err != nil {
+				return err
+			}
+			whole = whole[maxPiece:]
+		}
+		r.done(whole, reply.Tokens(), reply.Usage())
+		return nil
+	}
+	var lines []byte
+	for {
+		lines, err = reply.Next(lines[:0])
+		if first != nil && (len(lines) > 0 || err != nil) {
+			first()
+			first = nil
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			r.done(lines, reply.Tokens(), reply.Usage())
+			return nil
+		case len(lines) > maxPiece:
+			return schemas.Errorf(schemas.CodeBackendError, "The inference backend sent a chunk of %d bytes, more than the %d that can be passed on.", len(lines), maxPiece)
+		}
+		if len(lines) > 0 {
+			if sendErr := r.chunk(lines, reply.Tokens()); sendErr != nil {
+				return sendErr
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// maxPiece bounds the payload of one frame, so that it fits the bus's default limit of
+// 1 MiB for a message.
+const maxPiece = 768 << 10
+
+// fetchBody returns the client's body, which a large request leaves with its owner.
+func (r *run) fetchBody(ctx context.Context) ([]byte, error) {
+	if r.job.BodySize == 0 {
+		return r.body, nil
+	}
+	subject := schemas.BodySubject(r.w.cfg.Agent, r.job.Owner, r.job.Nonce)
+	body := make([]byte, 0, r.job.BodySize)
+	for len(body) < r.job.BodySize {
+		askCtx, cancel := context.WithTimeout(ctx, fetchWait)
+		m, err := r.w.bulk.RequestWithContext(askCtx, subject, schemas.BodyRequest{Offset: len(body)}.Encode())
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return nil, context.Cause(ctx)
+		case err != nil:
+			return nil, fmt.Errorf("fetch body: %w", err)
+		case len(m.Data) == 0 || len(body)+len(m.Data) > r.job.BodySize:
+			return nil, errCancelled // the owner has ended the attempt
+		}
+		body = append(body, m.Data...)
+	}
+	return body, nil
+}
+
+// fetchWait bounds the wait for one piece of a body.
+const fetchWait = 10 * time.Second
+
+// finish tells the owner how the run ended, and waits until it has heard.
+func (r *run) finish(ctx context.Context, err error) {
+	cause := context.Cause(r.ctx)
+	switch {
+	case err == nil:
+	case errors.Is(cause, errDraining):
+		r.fail(schemas.Errorf(schemas.CodeAgentOffline, "The GPU machine was shut down before the reply was complete. Send the request again."))
+	case cause != nil, errors.Is(err, errCancelled), errors.Is(err, errOwnerGone):
+		// Nobody waits for this run any more. What the backend complains of is only the
+		// echo of its end.
+		r.settle(ackTerm)
+		return
+	default:
+		var e *schemas.Error
+		if !errors.As(err, &e) {
+			r.w.log.ErrorContext(ctx, "job failed", "request", r.job.Request, "error", err)
+		}
+		r.fail(schemas.AsError(err))
+	}
+	r.awaitHeard()
+	r.settle(ackDone)
+}
+
+func onceClose(c chan struct{}) func() {
+	closed := false
+	return func() {
+		if !closed {
+			closed = true
+			close(c)
+		}
+	}
+}
+
+// outcome is the code under which a call of the backend is counted.
+func outcome(err error) schemas.Code {
+	if err == nil {
+		return ""
+	}
+	return schemas.AsError(err).Code
+}
+
+// verdict takes in the owner's answer to a frame, or the bus's word that there is no
+// owner.
+func (w *Worker) verdict(m *nats.Msg) {
+	w.mu.Lock()
+	r := w.byRun[schemas.LastToken(m.Subject)]
+	w.mu.Unlock()
+	if r == nil {
+		return
+	}
+	if len(m.Data) == 0 && m.Header.Get("Status") == "503" {
+		r.ownerSilent(time.Now())
+		return
+	}
+	var v schemas.Verdict
+	if err := json.Unmarshal(m.Data, &v); err != nil {
+		w.log.Warn("verdict dropped", "error", err)
+		return
+	}
+	r.answered(v, time.Now())
+}

@@ -1,0 +1,302 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// sender numbers the frames of one run, publishes them, and keeps each until the
+// owner has taken it. It is the sending half of a go-back-n protocol: the owner takes
+// frames in order only, says with every verdict which one it expects next, and the
+// sender goes back to that one when something got lost.
+type sender struct {
+	w       *Worker
+	id      string // of the run
+	subject string // of the frames
+	inbox   string // verdicts come there
+	stop    context.CancelCauseFunc
+	heard   chan struct{} // closed once the owner has the last frame, or wants none
+
+	mu         sync.Mutex
+	ackSubject string // of the latest delivery
+	claimed    bool   // the claim was sent
+	loading    bool
+	granted    bool   // the owner has said go
+	last       uint64 // number of the last frame sent
+	tokens     int
+	terminal   bool // the last frame is the final one
+	closed     bool // heard is closed
+	kept       []kept
+	buf        []byte    // the frames that are kept, end to end
+	spoke      time.Time // when the owner last answered
+	missing    time.Time // since when the bus says that there is no owner
+}
+
+// kept is a frame in sender.buf.
+type kept struct {
+	seq   uint64
+	start int
+	final bool
+}
+
+// errFenced ends a run that the owner doesn't want: another one has the job.
+var errFenced = errors.New("the owner has another run for the job")
+
+const (
+	progressEvery = time.Second
+	// ownerWait is how long a worker waits for an owner that the bus doesn't find: an
+	// edge that reconnects takes some hundred milliseconds.
+	ownerWait = 3 * time.Second
+	// ownerSilence is how long an owner may leave frames unanswered.
+	ownerSilence = 15 * time.Second
+	// lastWordWait is how long a worker tries to bring its last frame home.
+	lastWordWait = 20 * time.Second
+	// maxKept bounds the frames that are kept for an owner that doesn't take them.
+	maxKept = 8 << 20
+)
+
+func newSender(w *Worker, job *schemas.Job, ackSubject string, stop context.CancelCauseFunc) *sender {
+	id := string(schemas.NewNonce())
+	return &sender{
+		w: w, id: id, subject: schemas.OutSubject(w.cfg.Agent, job.Owner, job.Nonce),
+		inbox: w.inbox + "." + id, stop: stop, heard: make(chan struct{}), ackSubject: ackSubject,
+		spoke: time.Now(),
+	}
+}
+
+// claim asks the owner whether the run may go on. The answer isn't waited for: frames
+// that follow on the same connection reach the owner after the claim.
+func (s *sender) claim(loading bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.loading = loading
+	if s.claimed {
+		s.report()
+		return
+	}
+	s.claimed, s.spoke = true, time.Now()
+	s.report()
+}
+
+// report sends the state of the run as a request: as a claim until that is granted, as
+// progress from then on. s.mu is held.
+func (s *sender) report() {
+	f := schemas.Frame{Run: s.id, Seq: s.last, Kind: schemas.FrameClaim, Tokens: s.tokens, Loading: s.loading}
+	if s.granted {
+		f.Kind = schemas.FrameProgress
+	}
+	b, err := schemas.AppendFrame(nil, &f)
+	if err != nil {
+		s.w.log.Error("frame not encoded", "error", err)
+		return
+	}
+	s.publish(b, true)
+}
+
+// chunk sends lines of the reply. The lines may be reused once it returns.
+func (s *sender) chunk(lines []byte, tokens int) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.buf)+len(lines) > maxKept {
+		return errOwnerGone
+	}
+	s.send(&schemas.Frame{Kind: schemas.FrameChunk, Tokens: tokens, Payload: lines})
+	return nil
+}
+
+// done sends the last frame of a reply.
+func (s *sender) done(lines []byte, tokens int, usage schemas.Usage) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.send(&schemas.Frame{Kind: schemas.FrameDone, Tokens: tokens, Usage: &usage, Payload: lines})
+}
+
+// fail sends the error that ends a reply.
+func (s *sender) fail(err *schemas.Error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.claimed {
+		s.claimed, s.spoke = true, time.Now()
+		s.report()
+	}
+	s.send(&schemas.Frame{Kind: schemas.FrameError, Tokens: s.tokens, Error: err})
+}
+
+// send numbers a frame, keeps it and publishes it. s.mu is held.
+func (s *sender) send(f *schemas.Frame) {
+	f.Run, f.Seq = s.id, s.last+1
+	start := len(s.buf)
+	buf, err := schemas.AppendFrame(s.buf, f)
+	if err != nil {
+		s.w.log.Error("frame not encoded", "error", err)
+		return
+	}
+	s.buf, s.last, s.tokens, s.loading = buf, f.Seq, f.Tokens, false
+	s.terminal = f.Kind.Terminal()
+	s.kept = append(s.kept, kept{f.Seq, start, s.terminal})
+	s.publish(s.buf[start:], s.terminal)
+}
+
+// publish sends a frame, as a request if it has to be answered. What is lost on the
+// way is sent again when a verdict shows the gap. s.mu is held.
+func (s *sender) publish(frame []byte, request bool) {
+	var err error
+	if request {
+		err = s.w.tokens.PublishRequest(s.subject, s.inbox, frame)
+	} else {
+		err = s.w.tokens.Publish(s.subject, frame)
+	}
+	if err != nil && !bus.Down(err) {
+		s.w.log.Warn("frame not sent", "error", err)
+	}
+}
+
+// answered takes in a verdict of the owner.
+func (s *sender) answered(v schemas.Verdict, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.spoke, s.missing = now, time.Time{}
+	if !v.Go {
+		s.close()
+		if v.Reason == schemas.ReasonSuperseded {
+			s.stop(errFenced)
+		} else {
+			s.stop(errCancelled)
+		}
+		return
+	}
+	s.granted = true
+	s.drop(v.Next)
+	if v.Next > s.last {
+		if s.terminal {
+			s.close()
+		}
+		return
+	}
+	if v.Next <= v.Seq {
+		for i, k := range s.kept {
+			end := len(s.buf)
+			if i+1 < len(s.kept) {
+				end = s.kept[i+1].start
+			}
+			s.publish(s.buf[k.start:end], k.final)
+		}
+	}
+}
+
+// drop forgets the frames before next. s.mu is held.
+func (s *sender) drop(next uint64) {
+	n := 0
+	for n < len(s.kept) && s.kept[n].seq < next {
+		n++
+	}
+	switch n {
+	case 0:
+		return
+	case len(s.kept):
+		s.kept, s.buf = s.kept[:0], s.buf[:0]
+		return
+	}
+	cut := s.kept[n].start
+	s.buf = s.buf[:copy(s.buf, s.buf[cut:])]
+	s.kept = s.kept[:copy(s.kept, s.kept[n:])]
+	for i := range s.kept {
+		s.kept[i].start -= cut
+	}
+}
+
+func (s *sender) close() {
+	if !s.closed {
+		s.closed = true
+		close(s.heard)
+	}
+}
+
+// ownerSilent notes that the bus finds no owner. One that stays away is gone.
+func (s *sender) ownerSilent(now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.missing.IsZero() {
+		s.missing = now
+		return
+	}
+	if now.Sub(s.missing) > ownerWait {
+		s.close()
+		s.stop(errOwnerGone)
+	}
+}
+
+// tick reports to the owner, and gives up on one that has been silent for too long
+// though the bus is there.
+func (s *sender) tick(now time.Time, connected bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case !s.claimed || s.closed:
+	case !connected:
+		s.spoke = now
+	case now.Sub(s.spoke) > ownerSilence:
+		s.close()
+		s.stop(errOwnerGone)
+	default:
+		s.report()
+	}
+}
+
+// redelivered notes that the job was delivered again.
+func (s *sender) redelivered(ackSubject string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ackSubject = ackSubject
+}
+
+// settle acknowledges the job.
+func (s *sender) settle(word string) {
+	s.mu.Lock()
+	subject := s.ackSubject
+	s.mu.Unlock()
+	s.w.ack(subject, word)
+}
+
+// awaitHeard waits until the owner has the last frame, or can't be brought to take it.
+func (s *sender) awaitHeard() {
+	timer := time.NewTimer(lastWordWait)
+	defer timer.Stop()
+	select {
+	case <-s.heard:
+	case <-timer.C:
+	}
+}
+
+// pump reports on all runs once a second, and at once when the bus is back; it also
+// keeps JetStream from delivering again what is at hand.
+func (w *Worker) pump(ctx context.Context) error {
+	tick := time.NewTicker(progressEvery)
+	defer tick.Stop()
+	extended := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		case <-w.reconnected:
+		}
+		now := time.Now()
+		extend := now.Sub(extended) >= bus.AckWait/3
+		if extend {
+			extended = now
+		}
+		connected := w.tokens.IsConnected()
+		for _, r := range w.list() {
+			r.tick(now, connected)
+			if extend {
+				r.settle(ackProgress)
+			}
+		}
+	}
+}

@@ -1,0 +1,209 @@
+// Package worker is the agent on the GPU machine. It dials out to the bus, offers the
+// models of its inference backends, takes jobs from its queues, runs them, and sends
+// the replies back token by token.
+//
+// A worker decides nothing about a request: it claims a job from the owner and stops
+// when the owner says so. It keeps what it has sent until the owner has taken it, so
+// a lost connection costs time and no tokens.
+//
+// The goroutines: one for heartbeats, inventory and progress each, one for each model
+// that pulls jobs, and one for each job at hand. Run waits for all of them.
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/ownllm/ownllm/broker/metric"
+	"github.com/ownllm/ownllm/broker/trace"
+	"github.com/ownllm/ownllm/schemas"
+	"github.com/ownllm/ownllm/worker/backend"
+)
+
+// Config says who the worker is and what it serves.
+type Config struct {
+	Tenant schemas.TenantID
+	Agent  schemas.AgentID
+	// Host is the name of the machine, for people.
+	Host string
+	// Software is the version of this build.
+	Software string
+	// Backends are the inference servers, in order of preference: of two that have
+	// the same model, the first one serves it. One that isn't there yet is waited for.
+	Backends []backend.Config
+	// Drain bounds how long running jobs may take to finish once the worker stops.
+	Drain time.Duration
+	// Metrics and Tracer record what the worker does; both may be nil.
+	Metrics *metric.Instruments
+	Tracer  *trace.Tracer
+}
+
+// Worker serves the models of one machine.
+type Worker struct {
+	cfg         Config
+	incarnation schemas.Incarnation
+	tokens      *nats.Conn // frames, control, jobs
+	bulk        *nats.Conn // large bodies, so that they never delay a token
+	stock       *stock
+	log         *slog.Logger
+	inbox       string        // verdicts come to inbox.<run>
+	introduce   chan struct{} // holds one token: a hello is due
+	reconnected chan struct{} // likewise: the bus is back
+
+	mu    sync.Mutex
+	state schemas.AgentState
+	runs  map[schemas.Nonce]*run // the jobs at hand
+	byRun map[string]*run        // the same, by the name of the run
+}
+
+// New returns a worker that uses the two connections. The caller closes them.
+func New(tokens, bulk *nats.Conn, cfg Config, log *slog.Logger) *Worker {
+	w := &Worker{
+		cfg: cfg, incarnation: schemas.NewIncarnation(), tokens: tokens, bulk: bulk,
+		log: log.With("agent", cfg.Agent), inbox: tokens.NewInbox(),
+		introduce:   make(chan struct{}, 1),
+		reconnected: make(chan struct{}, 1),
+		state:       schemas.AgentUp,
+		runs:        make(map[schemas.Nonce]*run),
+		byRun:       make(map[string]*run),
+	}
+	w.stock = newStock(cfg.Backends, w.log)
+	return w
+}
+
+// The causes for which a run is cancelled.
+var (
+	errCancelled = errors.New("cancelled by the owner")
+	errOwnerGone = errors.New("the owner of the request is gone")
+	errDraining  = errors.New("the worker is shutting down")
+)
+
+// Run serves until ctx ends, then drains: it takes nothing new, finishes what it
+// runs within cfg.Drain, says goodbye and returns.
+func (w *Worker) Run(ctx context.Context) error {
+	// Jobs, and what they need to report, outlive ctx by the drain.
+	life, stop := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer stop(nil)
+
+	verdicts, err := w.tokens.Subscribe(w.inbox+".*", w.verdict)
+	if err != nil {
+		return fmt.Errorf("listen to verdicts: %w", err)
+	}
+	defer verdicts.Unsubscribe() //nolint:errcheck // the connection may be closed already
+	control, err := w.tokens.Subscribe(schemas.ControlSubject(w.cfg.Agent), w.control)
+	if err != nil {
+		return fmt.Errorf("listen to control: %w", err)
+	}
+	defer control.Unsubscribe() //nolint:errcheck // likewise
+	w.tokens.SetReconnectHandler(func(nc *nats.Conn) {
+		w.log.Info("bus connection is back", "server", nc.ConnectedUrlRedacted())
+		signal(w.introduce)
+		signal(w.reconnected)
+	})
+	defer w.tokens.SetReconnectHandler(nil)
+
+	w.stock.refresh(ctx)
+	signal(w.introduce)
+	background, bgCtx := errgroup.WithContext(life)
+	background.Go(func() error { return w.beat(bgCtx) })
+	background.Go(func() error { return w.pump(bgCtx) })
+	background.Go(func() error { return w.watchStock(bgCtx) })
+	background.Go(func() error { return w.stock.waitLoads(bgCtx) })
+
+	var jobs sync.WaitGroup
+	pulls := w.introduceAndPull(ctx, life, &jobs)
+
+	w.drain(stop, &jobs)
+	w.say(schemas.AgentBye, nil)
+	err = w.tokens.FlushTimeout(time.Second)
+	if err != nil {
+		w.log.Warn("goodbye not sent", "error", err)
+	}
+	stop(errDraining)
+	err = errors.Join(pulls, background.Wait())
+	w.stock.close()
+	return err
+}
+
+// drain waits for the jobs at hand, and after the drain time ends them.
+func (w *Worker) drain(stop context.CancelCauseFunc, jobs *sync.WaitGroup) {
+	w.setState(schemas.AgentDraining)
+	w.say(schemas.AgentDraining, nil)
+	finished := make(chan struct{})
+	go func() {
+		jobs.Wait()
+		close(finished)
+	}()
+	timer := time.NewTimer(w.cfg.Drain)
+	defer timer.Stop()
+	select {
+	case <-finished:
+		return
+	case <-timer.C:
+	}
+	w.log.Warn("drain time is over, jobs are ended", "running", len(w.list()))
+	for _, r := range w.list() {
+		r.cancel(errDraining)
+	}
+	// Each sends its error and goes; the ones whose owner doesn't answer give up.
+	select {
+	case <-finished:
+	case <-time.After(lastWordWait):
+		stop(errDraining)
+		<-finished
+	}
+}
+
+func (w *Worker) setState(s schemas.AgentState) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.state = s
+}
+
+// list returns the jobs at hand.
+func (w *Worker) list() []*run {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	list := make([]*run, 0, len(w.runs))
+	for _, r := range w.runs {
+		list = append(list, r)
+	}
+	return list
+}
+
+// adopt registers a job that was delivered. If it is at hand already, JetStream has
+// delivered it again, because a server forgot what it knew of the first delivery:
+// then the run goes on, and answers for the new delivery.
+func (w *Worker) adopt(r *run) (isNew bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if old := w.runs[r.job.Nonce]; old != nil {
+		old.redelivered(r.ackSubject)
+		return false
+	}
+	w.runs[r.job.Nonce] = r
+	w.byRun[r.id] = r
+	return true
+}
+
+func (w *Worker) forget(r *run) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.runs, r.job.Nonce)
+	delete(w.byRun, r.id)
+}
+
+// signal gives the one token that c holds.
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
