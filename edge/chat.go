@@ -68,7 +68,7 @@ func (e *Edge) admit(ctx context.Context, c *fiber.Ctx, in *call) (dispatch.Requ
 		return none, schemas.Model{}, err
 	}
 	return dispatch.Request{
-		ID: in.id, Tenant: id.TenantID, Key: id.KeyID, Operation: operationChat,
+		ID: in.id, Tenant: id.Tenant, Key: id.Key, Operation: operationChat,
 		Model: req.Model, Body: body, Stream: req.Stream, IncludeUsage: req.IncludeUsage,
 		Received: in.received,
 	}, model, nil

@@ -6,7 +6,7 @@ import (
 
 	"github.com/gofiber/fiber/v2"
 
-	"github.com/ownllm/ownllm/broker/keyring"
+	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -38,7 +38,7 @@ func (e *Edge) listModels(c *fiber.Ctx) error {
 	if err != nil {
 		return err
 	}
-	models, reachable := e.Agents.Models(id.TenantID)
+	models, reachable := e.Agents.Models(id.Tenant)
 	if !reachable {
 		return e.unreachable("")
 	}
@@ -71,7 +71,7 @@ func (e *Edge) getModel(c *fiber.Ctx) error {
 	if err != nil {
 		return err
 	}
-	if _, reachable := e.Agents.Models(id.TenantID); !reachable {
+	if _, reachable := e.Agents.Models(id.Tenant); !reachable {
 		return e.unreachable(name)
 	}
 	return c.JSON(entry(m))
@@ -79,12 +79,12 @@ func (e *Edge) getModel(c *fiber.Ctx) error {
 
 // findModel returns a model that the key may see. A key that isn't scoped for a
 // model hears the same whether the model exists or not.
-func (e *Edge) findModel(id keyring.Identity, name string) (schemas.Model, error) {
+func (e *Edge) findModel(id books.Identity, name string) (schemas.Model, error) {
 	if !id.Allows(name) {
 		return schemas.Model{}, schemas.Errorf(schemas.CodeScopeRequired,
 			"Your key isn't scoped for the model %q. Ask for a key with the scope model:%s, or use another model.", name, name).WithParam("model")
 	}
-	m, ok := e.Agents.Find(id.TenantID, name)
+	m, ok := e.Agents.Find(id.Tenant, name)
 	if ok {
 		return m, nil
 	}

@@ -16,7 +16,7 @@ import (
 	oteltrace "go.opentelemetry.io/otel/trace"
 
 	"github.com/ownllm/ownllm/broker/apikey"
-	"github.com/ownllm/ownllm/broker/keyring"
+	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/schemas"
@@ -96,15 +96,19 @@ func (e *Edge) trusted(a netip.Addr) bool {
 // authenticate checks the key of a request. An address that has made too many bad
 // requests may go on only with keys that are known to be good, so that guessing costs
 // nothing but the guesser's time.
-func (e *Edge) authenticate(ctx context.Context, c *fiber.Ctx, in *call) (keyring.Identity, error) {
+func (e *Edge) authenticate(ctx context.Context, c *fiber.Ctx, in *call) (books.Identity, error) {
 	key, err := apikey.Parse(c.Get(fiber.HeaderAuthorization))
 	if err != nil {
-		return keyring.Identity{}, err
+		return books.Identity{}, err
 	}
-	if e.failures.exhausted(in.addr, in.received) && !e.Keys.Cached(key) {
-		return keyring.Identity{}, errTooManyFailures()
+	slug := e.slug(c.Hostname())
+	if e.failures.exhausted(in.addr, in.received) {
+		if id, ok := e.Keys.Cached(key, slug); ok {
+			return id, nil
+		}
+		return books.Identity{}, errTooManyFailures()
 	}
-	id, err := e.Keys.Authenticate(ctx, key, e.slug(c.Hostname()))
+	id, err := e.Keys.Authenticate(ctx, key, slug)
 	var known *schemas.Error
 	if err != nil && !errors.As(err, &known) || known != nil && known.Code == schemas.CodeInternalError {
 		e.Log.ErrorContext(ctx, "key not checked", "request", in.id, "error", err)

@@ -100,10 +100,12 @@ func DecodeFrame(b []byte) (Frame, error) {
 	}
 	f, ok := decodeChunkHead(head)
 	if !ok {
-		f = Frame{}
-		if err := json.Unmarshal(head, &f); err != nil {
+		// A variable of its own, since it is allocated, and a chunk needn't pay for that.
+		var other Frame
+		if err := json.Unmarshal(head, &other); err != nil {
 			return Frame{}, fmt.Errorf("frame head: %w", err)
 		}
+		f = other
 	}
 	f.Payload = payload
 	switch {

@@ -83,6 +83,8 @@ type Heartbeat struct {
 	// Hash is the hash of the current inventory.
 	Hash      string     `json:"inventory_hash"`
 	Inventory *Inventory `json:"inventory,omitempty"`
+	// Host is the name of the machine, for people; it comes with the inventory.
+	Host string `json:"host,omitempty"`
 	// Running and Waiting count the jobs at the worker, with and without a slot.
 	Running int `json:"running"`
 	Waiting int `json:"waiting"`

@@ -67,6 +67,9 @@ func (w *Worker) heartbeat(state schemas.AgentState, inventory *schemas.Inventor
 		Version: schemas.ProtocolVersion, Incarnation: w.incarnation, State: state,
 		Hash: hash, Inventory: inventory, Slots: w.stock.slotCount(),
 	}
+	if inventory != nil {
+		hb.Host = w.cfg.Host
+	}
 	for _, r := range w.list() {
 		if r.working.Load() {
 			hb.Running++

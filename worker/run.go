@@ -11,6 +11,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/backend"
@@ -244,7 +245,7 @@ func onceClose(c chan struct{}) func() {
 // outcome is the code under which a call of the backend is counted.
 func outcome(err error) schemas.Code {
 	if err == nil {
-		return ""
+		return metric.CodeOK
 	}
 	return schemas.AsError(err).Code
 }

@@ -2,6 +2,7 @@ package books
 
 import (
 	"context"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -32,6 +33,8 @@ type Changes struct {
 	Reset bool
 	// Changes is what has changed, oldest first, if Reset is false.
 	Changes []Change
+	// AsOf is the database's clock when it answered.
+	AsOf time.Time
 }
 
 // Changes returns what has changed since a version. Before the first call, that is
@@ -43,7 +46,7 @@ func (s *Store) Changes(ctx context.Context, since int64) (Changes, error) {
 		// A version above the current one is of another database, or of a later state of
 		// this one, before a backup was put back.
 		rows, err := s.pool.Query(ctx, `
-			SELECT c.version, $1 < c.pruned OR $1 > c.version OR $1 < 0, l.kind, l.id
+			SELECT now(), c.version, $1 < c.pruned OR $1 > c.version OR $1 < 0, l.kind, l.id
 			FROM change_counter c
 			LEFT JOIN changes l ON l.version > $1 AND $1 >= c.pruned AND $1 >= 0
 			ORDER BY l.version, l.kind, l.id`, since)
@@ -51,7 +54,7 @@ func (s *Store) Changes(ctx context.Context, since int64) (Changes, error) {
 			return err
 		}
 		var kind, id *string
-		_, err = pgx.ForEachRow(rows, []any{&out.Version, &out.Reset, &kind, &id}, func() error {
+		_, err = pgx.ForEachRow(rows, []any{&out.AsOf, &out.Version, &out.Reset, &kind, &id}, func() error {
 			if kind != nil {
 				out.Changes = append(out.Changes, Change{Kind(*kind), *id})
 			}

@@ -30,8 +30,8 @@ type Identity struct {
 	TenantState TenantState
 	UserState   UserState
 
-	// AsOf is the database's clock when it answered: the lifetime that is left is
-	// ExpiresAt less AsOf, whatever the clock of this machine says.
+	// AsOf is the database's clock when it answered, and so what ExpiresAt is to be
+	// held against, whatever the clock of this machine says.
 	AsOf time.Time
 	// Version is the version of the books that the answer comes from, see Changes.
 	Version int64

@@ -53,8 +53,10 @@ func Connect(cfg Config, log *slog.Logger, options ...nats.Option) (*nats.Conn, 
 		nats.ReconnectBufSize(-1),
 		nats.PingInterval(pingInterval),
 		nats.MaxPingsOutstanding(maxPingsOut),
-		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
-			log.Warn("bus connection lost", "error", err)
+		nats.DisconnectErrHandler(func(nc *nats.Conn, err error) {
+			if !nc.IsClosed() {
+				log.Warn("bus connection lost", "error", err)
+			}
 		}),
 		nats.ReconnectHandler(func(nc *nats.Conn) {
 			log.Info("bus connection is back", "server", nc.ConnectedUrlRedacted())

@@ -140,6 +140,9 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 		}
 		if hb.Inventory != nil {
 			a.models, a.hash = hb.Inventory.Models, hb.Hash
+			if hb.Host != "" {
+				a.name = hb.Host
+			}
 		}
 		ask = a.hash != hb.Hash
 	}

@@ -18,7 +18,7 @@ type brokerCommand struct {
 	NATSOptions
 	DatabaseOptions
 	QueueOptions
-	OpsListen string `default:"127.0.0.1:9193" placeholder:"ADDR" help:"Address of /metrics, /healthz and pprof. Default: 127.0.0.1:9193."`
+	OpsOptions
 	LogOptions
 }
 
@@ -57,7 +57,7 @@ func (c *brokerCommand) Validate() error {
 	c.NATSOptions.check(&p)
 	c.DatabaseOptions.check(&p, true)
 	c.QueueOptions.check(&p)
-	address(&p, "--ops-listen", c.OpsListen)
+	c.OpsOptions.check(&p)
 	return p.err()
 }
 

@@ -9,6 +9,7 @@ import (
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/dispatch"
+	"github.com/ownllm/ownllm/broker/keyring"
 	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/edge"
 	"github.com/ownllm/ownllm/internal/secret"

@@ -12,8 +12,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-
-	"github.com/ownllm/ownllm/schemas"
 )
 
 // roles is a grammar of all the shared flags.
@@ -142,8 +140,8 @@ func TestFlags(t *testing.T) {
 		Backend: []string{"demo", "http://127.0.0.1:8000"}, Slots: 4,
 		Model: []Offer{{"qwen2.5:32b", "qwen"}, {"llama", "llama"}},
 		Capability: []Capability{
-			{"qwen2.5:32b", schemas.Capabilities{Tools: true, Vision: true}},
-			{"llama", schemas.Capabilities{Thinking: true}},
+			{"qwen2.5:32b", []string{"tools", "vision"}},
+			{"llama", []string{"thinking"}},
 		},
 	}
 	if diff := cmp.Diff(backends, r.Worker.BackendOptions, compare...); diff != "" {

@@ -3,10 +3,11 @@ package command
 import (
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 
-	"github.com/ownllm/ownllm/schemas"
+	"github.com/ownllm/ownllm/worker/backend"
 )
 
 // ByteSize is a number of bytes. Its text form is a whole number and a unit: B (or
@@ -64,7 +65,7 @@ func (o *Offer) UnmarshalText(text []byte) error {
 // MODEL:tools|vision. The model comes first and may hold colons itself.
 type Capability struct {
 	Model string
-	schemas.Capabilities
+	Names []string
 }
 
 // UnmarshalText implements encoding.TextUnmarshaler.
@@ -73,23 +74,12 @@ func (c *Capability) UnmarshalText(text []byte) error {
 	if i <= 0 {
 		return fmt.Errorf("%q isn't MODEL:tools|vision", text)
 	}
-	next := Capability{Model: string(text[:i])}
-	for name := range strings.SplitSeq(string(text[i+1:]), "|") {
-		switch name {
-		case "completion":
-			next.Completion = true
-		case "vision":
-			next.Vision = true
-		case "embedding":
-			next.Embedding = true
-		case "tools":
-			next.Tools = true
-		case "thinking":
-			next.Thinking = true
-		default:
-			return fmt.Errorf("%q: %q is none of completion, vision, embedding, tools, thinking", text, name)
+	names := strings.Split(string(text[i+1:]), "|")
+	for _, name := range names {
+		if !slices.Contains(backend.CapabilityNames, name) {
+			return fmt.Errorf("%q: %q is none of %s", text, name, strings.Join(backend.CapabilityNames, ", "))
 		}
 	}
-	*c = next
+	*c = Capability{string(text[:i]), names}
 	return nil
 }

@@ -22,9 +22,9 @@ type workerCommand struct {
 	BackendOptions
 	NATSOptions
 	DataOptions
-	Tenant       string        `placeholder:"ID" help:"Id of the tenant that the machine serves, ten_…; see ownllm tenants list."`
-	DrainTimeout time.Duration `default:"30s" placeholder:"DURATION" help:"How long running jobs may take to finish after the signal to stop. Default: 30s."`
-	OpsListen    string        `default:"127.0.0.1:9194" placeholder:"ADDR" help:"Address of /metrics, /healthz and pprof. Default: 127.0.0.1:9194."`
+	DrainOptions
+	OpsOptions
+	Tenant string `placeholder:"ID" help:"Id of the tenant that the machine serves, ten_…; see ownllm tenants list."`
 	LogOptions
 }
 
@@ -48,10 +48,8 @@ func (c *workerCommand) Validate() error {
 	if err := schemas.ValidateID(c.Tenant, "ten_"); err != nil {
 		p.add("--tenant: %w", err)
 	}
-	if c.DrainTimeout < 0 {
-		p.add("--drain-timeout: %s isn't a time to wait", c.DrainTimeout)
-	}
-	address(&p, "--ops-listen", c.OpsListen)
+	c.DrainOptions.check(&p)
+	c.OpsOptions.check(&p)
 	return p.err()
 }
 

@@ -82,8 +82,9 @@ func (b *Backend) Chat(ctx context.Context, c *Call) (*Reply, error) {
 		defer cancel()
 		return nil, b.refused(ctx, c, resp)
 	}
-	r := &Reply{kind: b.kind, call: c, ctx: ctx, cancel: cancel, body: resp.Body}
-	r.rewriter.reset(c)
+	r := &Reply{kind: b.kind, call: c, cancel: cancel, body: resp.Body}
+	r.cause = func() error { return context.Cause(ctx) }
+	r.rewriter.reset(b.kind, c)
 	if c.Stream {
 		r.events.r = readers.Get().(*bufio.Reader)
 		r.events.r.Reset(resp.Body)
@@ -123,7 +124,7 @@ var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, readBu
 type Reply struct {
 	kind     Kind
 	call     *Call
-	ctx      context.Context // of the request, whose cause tells why it broke off
+	cause    func() error // why the context ended; nil while it hasn't
 	cancel   context.CancelFunc
 	body     io.ReadCloser
 	events   events
@@ -180,8 +181,8 @@ func (r *Reply) finish(dst []byte) []byte {
 }
 
 func (r *Reply) fail(err error) {
-	if r.ctx.Err() != nil {
-		r.err = fmt.Errorf("reply of %s backend: %w", r.kind, context.Cause(r.ctx))
+	if cause := r.cause(); cause != nil {
+		r.err = fmt.Errorf("reply of %s backend: %w", r.kind, cause)
 		return
 	}
 	r.err = r.kind.interrupted(r.call.Model, err)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -126,6 +127,7 @@ func TestRefusals(t *testing.T) {
 			schemas.CodeInvalidValue, "The vLLM backend refused the request: temperature must be non-negative, got -1.0.", "temperature", 0},
 		{"FastAPI's detail", VLLM, 422, `{"detail":[{"loc":["body","messages",0,"role"],"msg":"Field required","type":"missing"}]}`,
 			schemas.CodeInvalidValue, "Field required", "messages.0.role", 0},
+		{"llama.cpp names the field", LlamaCPP, 400, `{"error":{"code":400,"message":"Field 'n': Value must be between 1 <= value <= 2, but got 3","type":"invalid_request_error"}}`, schemas.CodeInvalidValue, "but got 3", "n", 0},
 		{"an odd param", VLLM, 400, `{"error":{"message":"bad","param":"a b: c"}}`, schemas.CodeInvalidValue, "bad", "", 0},
 		{"no reason", OpenAI, 400, ``, schemas.CodeInvalidValue, "no reason", "", 0},
 		{"Ollama: no such model", Ollama, 404, `{"error":{"message":"model \"m\" not found, try pulling it first","type":"not_found_error"}}`, schemas.CodeModelNotFound, "any more", "model", 0},
@@ -385,5 +387,33 @@ func TestStaleConnection(t *testing.T) {
 	}
 	if len(fresh) != 3 {
 		t.Errorf("%d connections, want 3", len(fresh))
+	}
+}
+
+// BenchmarkChat is a whole streamed call of 32 tokens over a real connection, fake
+// server included.
+func BenchmarkChat(b *testing.B) {
+	text := strings.Repeat("data: "+benchChunks["llama"]+"\n\n", 32) +
+		`data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}` + "\n\ndata: [DONE]\n\n"
+	server := httptest.NewServer(streams(text))
+	defer server.Close()
+	backend := &Backend{kind: VLLM, base: server.URL, transport: newTransport()}
+	defer backend.Close()
+	c := testCall(true, false)
+	c.Body = []byte(`{"model":"m","stream":true,"messages":[{"role":"user","content":"hi"}]}`)
+	var dst []byte
+	b.ReportAllocs()
+	for b.Loop() {
+		r, err := backend.Chat(b.Context(), c)
+		if err != nil {
+			b.Fatal(err)
+		}
+		for err == nil {
+			dst, err = r.Next(dst[:0])
+		}
+		if err != io.EOF {
+			b.Fatal(err)
+		}
+		_ = r.Close()
 	}
 }

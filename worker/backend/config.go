@@ -46,8 +46,8 @@ type Config struct {
 	Capabilities map[string][]string
 }
 
-// The capabilities that an operator can state.
-var capabilities = []string{"completion", "vision", "embedding", "tools", "thinking"}
+// CapabilityNames are the capabilities that an operator can state.
+var CapabilityNames = []string{"completion", "vision", "embedding", "tools", "thinking"}
 
 // check finds everything that is wrong with the configuration, and returns the
 // server's address in its plain form.
@@ -69,8 +69,8 @@ func (c *Config) check() (base string, err error) {
 	}
 	for id, list := range c.Capabilities {
 		for _, name := range list {
-			if !slices.Contains(capabilities, name) {
-				errs = append(errs, fmt.Errorf("capability %q of model %q: must be one of %s", name, id, strings.Join(capabilities, ", ")))
+			if !slices.Contains(CapabilityNames, name) {
+				errs = append(errs, fmt.Errorf("capability %q of model %q: must be one of %s", name, id, strings.Join(CapabilityNames, ", ")))
 			}
 		}
 	}

@@ -1,7 +1,6 @@
 package backend
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -116,14 +115,22 @@ func mostTokens(body []byte) int {
 	return n
 }
 
-// hasMedia reports whether a message may hold an image, audio or a file, whose
-// tokens can't be told from its bytes. A text that says so itself makes no
-// difference: the quotes around it would be escaped.
+// hasMedia reports whether a message has a part that isn't text: an image, audio or
+// a file, whose tokens can't be told from its bytes.
 func hasMedia(body []byte) bool {
-	for _, part := range []string{`"image_url"`, `"input_audio"`, `"video_url"`, `"audio_url"`, `"image"`, `"file"`} {
-		if bytes.Contains(body, []byte(part)) {
-			return true
+	found := false
+	gjson.GetBytes(body, "messages").ForEach(func(_, message gjson.Result) bool {
+		if content := message.Get("content"); content.IsArray() {
+			content.ForEach(func(_, part gjson.Result) bool {
+				switch part.Get("type").String() {
+				case "", "text", "refusal", "thinking":
+				default:
+					found = true
+				}
+				return !found
+			})
 		}
-	}
-	return false
+		return !found
+	})
+	return found
 }

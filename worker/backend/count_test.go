@@ -173,6 +173,20 @@ func TestMostTokensIsABound(t *testing.T) {
 	}
 }
 
+func TestHasMedia(t *testing.T) {
+	for body, want := range map[string]bool{
+		`{}`: false,
+		`{"messages":[{"role":"user","content":"\"image_url\""}],"tools":[{"enum":["image_url","file"]}]}`:                     false,
+		`{"messages":[{"content":[{"type":"text","text":"a"},{"type":"refusal"}]}]}`:                                           false,
+		`{"messages":[{"content":"a"},{"content":[{"type":"text","text":"a"},{"type":"image_url","image_url":{"url":"x"}}]}]}`: true,
+		`{"messages":[{"content":[{"type":"input_audio"}]},{"content":"a"}]}`:                                                  true,
+	} {
+		if got := hasMedia([]byte(body)); got != want {
+			t.Errorf("%s: %v", body, got)
+		}
+	}
+}
+
 func TestOllamaMessages(t *testing.T) {
 	in := `[{"role":"system","content":"s"},
 		{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]},

@@ -107,9 +107,9 @@ func (s *splitReader) Close() error { return nil }
 // replyOf is a reply whose stream is read from r.
 func replyOf(kind Kind, c *Call, r io.ReadCloser) *Reply {
 	ctx, cancel := context.WithCancel(context.Background())
-	reply := &Reply{kind: kind, call: c, ctx: ctx, cancel: cancel, body: r}
+	reply := &Reply{kind: kind, call: c, cause: ctx.Err, cancel: cancel, body: r}
 	reply.events.r = bufio.NewReaderSize(r, readBuffer)
-	reply.rewriter.reset(c)
+	reply.rewriter.reset(kind, c)
 	return reply
 }
 

@@ -78,6 +78,12 @@ func readComplaint(status int, raw []byte) complaint {
 	if n, err := strconv.Atoi(c.code); err == nil && n >= 400 && n <= 599 && status == 0 {
 		c.status = n
 	}
+	if c.param == "" {
+		// llama.cpp names it in its message.
+		if rest, ok := strings.CutPrefix(c.message, "Field '"); ok {
+			c.param, _, _ = strings.Cut(rest, "'")
+		}
+	}
 	if !fieldName(c.param) {
 		c.param = ""
 	}

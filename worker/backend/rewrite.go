@@ -47,6 +47,10 @@ type rewriter struct {
 	message      string
 	stream       bool
 	includeUsage bool
+	// partial says that the backend tells the usage of one choice at a time: of several
+	// choices llama.cpp sends a usage chunk for each, and in a whole reply only that of
+	// the first.
+	partial bool
 
 	choices []choice
 	// prompt and completion are the backend's figures of the whole reply, -1 while it
@@ -57,7 +61,8 @@ type rewriter struct {
 	usage, last []byte
 }
 
-func (w *rewriter) reset(c *Call) {
+func (w *rewriter) reset(kind Kind, c *Call) {
+	w.partial = kind == LlamaCPP
 	w.message, w.stream, w.includeUsage = "message", c.Stream, c.IncludeUsage
 	w.prompt, w.completion = -1, -1
 	w.head = append(w.head[:0], `{"id":`...)
@@ -107,61 +112,12 @@ func (w *rewriter) whole(dst, data []byte, prompt int) ([]byte, error) {
 		return dst[:start], err
 	}
 	dst = append(dst, `,"usage":`...)
-	if usage.ok() {
+	if usage.ok() && !w.multiply() {
 		dst = append(dst, usage.of(data)...)
 	} else {
 		dst = w.appendUsage(dst, prompt)
 	}
 	return append(dst, '}'), nil
-}
-
-// end appends the chunk with the usage, if the client asked for one. prompt is the
-// size of the prompt for a backend that never told it.
-func (w *rewriter) end(dst []byte, prompt int) []byte {
-	switch {
-	case !w.includeUsage:
-		return dst
-	case len(w.last) > 0:
-		dst = append(dst, w.last...)
-	default:
-		dst = append(append(dst, w.head...), `,"choices":[],"usage":`...)
-		if len(w.usage) > 0 && len(w.choices) == 1 {
-			dst = oneLine(append(dst, w.usage...), len(dst))
-		} else {
-			dst = w.appendUsage(dst, prompt)
-		}
-		dst = append(dst, '}')
-	}
-	return append(dst, '\n')
-}
-
-func (w *rewriter) appendUsage(dst []byte, prompt int) []byte {
-	if w.prompt >= 0 {
-		prompt = w.prompt
-	}
-	tokens := w.tokens()
-	dst = strconv.AppendInt(append(dst, `{"prompt_tokens":`...), int64(prompt), 10)
-	dst = strconv.AppendInt(append(dst, `,"completion_tokens":`...), int64(tokens), 10)
-	dst = strconv.AppendInt(append(dst, `,"total_tokens":`...), int64(prompt+tokens), 10)
-	return append(dst, '}')
-}
-
-// tokens is the number of output tokens so far: the backend's own figure where it
-// told one, else an estimate: one for each delta that carried something, and four
-// bytes a token in a reply that came whole.
-func (w *rewriter) tokens() int {
-	if w.completion >= 0 {
-		return w.completion
-	}
-	n := 0
-	for i := range w.choices {
-		if c := &w.choices[i]; c.told >= 0 {
-			n += c.told
-		} else {
-			n += c.counted
-		}
-	}
-	return n
 }
 
 // finished reports whether there was a choice, and every choice came to its end.
@@ -229,11 +185,11 @@ func (w *rewriter) object(dst, data []byte) (out []byte, choices int, usage span
 	case !hasChoices:
 		dst = append(dst, `,"choices":[]`...)
 	}
-	if timings.ok() {
-		w.noteTimings(timings.of(data), choices, single)
-	}
 	if usage.ok() && !w.noteUsage(usage.of(data), choices, single) {
 		usage = span{}
+	}
+	if timings.ok() && !usage.ok() {
+		w.noteTimings(timings.of(data), choices, single)
 	}
 	return dst, choices, usage, nil
 }
@@ -246,77 +202,6 @@ func blames(raw []byte) bool {
 		return false
 	}
 	return true
-}
-
-// noteUsage keeps what a usage object tells. While choices are streaming it is of
-// the one choice that it came with; without choices, or in a whole reply, it is of
-// all. It returns false for an object that tells nothing.
-func (w *rewriter) noteUsage(raw []byte, choices, single int) bool {
-	prompt, completion := -1, -1
-	o := object{b: raw}
-	for o.next() {
-		start, end := o.skip()
-		if end < 0 {
-			break
-		}
-		switch string(o.key) {
-		case "prompt_tokens":
-			if n, ok := count(raw[start:end]); ok {
-				prompt = n
-			}
-		case "completion_tokens":
-			if n, ok := count(raw[start:end]); ok {
-				completion = n
-			}
-		}
-	}
-	if prompt < 0 && completion < 0 {
-		return false
-	}
-	w.usage = append(w.usage[:0], raw...)
-	w.note(prompt, completion, choices, single)
-	return true
-}
-
-// noteTimings keeps what llama.cpp tells of its own accord.
-func (w *rewriter) noteTimings(raw []byte, choices, single int) {
-	prompt, cached, completion := -1, 0, -1
-	o := object{b: raw}
-	for o.next() {
-		start, end := o.skip()
-		if end < 0 {
-			break
-		}
-		n, ok := count(raw[start:end])
-		if !ok {
-			continue
-		}
-		switch string(o.key) {
-		case "prompt_n":
-			prompt = n
-		case "cache_n":
-			cached = n
-		case "predicted_n":
-			completion = n
-		}
-	}
-	if prompt >= 0 {
-		prompt += cached
-	}
-	w.note(prompt, completion, choices, single)
-}
-
-func (w *rewriter) note(prompt, completion, choices, single int) {
-	if prompt >= 0 {
-		w.prompt = prompt
-	}
-	switch {
-	case completion < 0:
-	case w.stream && choices == 1:
-		w.choices[single].told = max(w.choices[single].told, completion)
-	default:
-		w.completion = completion
-	}
 }
 
 // appendChoices appends the elements of the array that o stands at. n counts the

@@ -114,7 +114,7 @@ func TestChunk(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			var w rewriter
-			w.reset(testCall(true, tt.usage))
+			w.reset(VLLM, testCall(true, tt.usage))
 			for i, in := range tt.in {
 				got, err := w.chunk([]byte("before\n"), []byte(in))
 				if err != nil {
@@ -160,7 +160,7 @@ func TestChunkRefuses(t *testing.T) {
 	}
 	for _, tt := range tests {
 		var w rewriter
-		w.reset(testCall(true, false))
+		w.reset(VLLM, testCall(true, false))
 		got, err := w.chunk([]byte("dst"), []byte(tt.in))
 		if !errors.Is(err, tt.want) || string(got) != "dst" {
 			t.Errorf("%.60s: %q, %v, want %v and dst untouched", tt.in, got, err, tt.want)
@@ -192,7 +192,7 @@ func TestUsageChunk(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			var w rewriter
-			w.reset(testCall(true, true))
+			w.reset(VLLM, testCall(true, true))
 			for _, in := range tt.in {
 				if _, err := w.chunk(nil, []byte(in)); err != nil {
 					t.Fatal(err)
@@ -220,7 +220,7 @@ func TestWhole(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			var w rewriter
-			w.reset(testCall(false, false))
+			w.reset(VLLM, testCall(false, false))
 			got, err := w.whole(nil, []byte(tt.in), 11)
 			if err != nil {
 				t.Fatal(err)
@@ -229,6 +229,36 @@ func TestWhole(t *testing.T) {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// TestPartialUsage is what llama.cpp was seen to do with n: 2.
+func TestPartialUsage(t *testing.T) {
+	var w rewriter
+	w.reset(LlamaCPP, testCall(true, true))
+	for _, in := range []string{
+		`{"choices":[{"index":1,"delta":{"role":"assistant","content":"a"},"finish_reason":null}]}`,
+		`{"choices":[{"index":0,"delta":{"role":"assistant","content":"b"},"finish_reason":null}]}`,
+		`{"choices":[{"index":1,"delta":{},"finish_reason":"stop"}]}`,
+		`{"choices":[],"usage":{"completion_tokens":3,"prompt_tokens":32,"total_tokens":35},"timings":{"predicted_n":3}}`,
+		`{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}`,
+		`{"choices":[],"usage":{"completion_tokens":4,"prompt_tokens":32,"total_tokens":36},"timings":{"predicted_n":4}}`,
+	} {
+		if _, err := w.chunk(nil, []byte(in)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := head + `,"choices":[],"usage":{"prompt_tokens":32,"completion_tokens":7,"total_tokens":39}}` + "\n"
+	if diff := cmp.Diff(want, string(w.end(nil, 0))); diff != "" || w.tokens() != 7 {
+		t.Errorf("%d tokens (-want +got):\n%s", w.tokens(), diff)
+	}
+
+	w = rewriter{}
+	w.reset(LlamaCPP, testCall(false, false))
+	out, err := w.whole(nil, []byte(`{"choices":[{"index":0,"message":{"role":"assistant","content":"12345678901234"},"finish_reason":"stop"},`+
+		`{"index":1,"message":{"role":"assistant","content":"123456"},"finish_reason":"stop"}],"usage":{"completion_tokens":10,"prompt_tokens":32,"total_tokens":42}}`), 0)
+	if err != nil || w.tokens() != 15 || !strings.HasSuffix(string(out), `,"usage":{"prompt_tokens":32,"completion_tokens":15,"total_tokens":47}}`) {
+		t.Errorf("%d tokens, %v: %s", w.tokens(), err, out)
 	}
 }
 
@@ -256,7 +286,7 @@ func FuzzChunk(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, data []byte, usage bool) {
 		var w rewriter
-		w.reset(testCall(true, usage))
+		w.reset(VLLM, testCall(true, usage))
 		out, err := w.chunk([]byte("p"), data)
 		valid := json.Valid(data)
 		switch {
@@ -321,7 +351,7 @@ func BenchmarkChunk(b *testing.B) {
 	for name, in := range benchChunks {
 		b.Run(name, func(b *testing.B) {
 			var w rewriter
-			w.reset(testCall(true, false))
+			w.reset(VLLM, testCall(true, false))
 			data := []byte(in)
 			var dst []byte
 			b.SetBytes(int64(len(data)))

@@ -297,10 +297,11 @@ func (p *reply) callsUntil(end int) []call {
 
 // appendInstance appends the least value that fits a JSON Schema: of an object its
 // required members, of an array as many elements as it must have, and the first of
-// several choices. pattern and the like are beyond it.
+// several choices. pattern and the like are beyond it. A schema that goes on for ever
+// gets null at some point.
 func appendInstance(dst []byte, schema, root gjson.Result, depth int) []byte {
-	const deepest = 32
-	if depth > deepest {
+	const deepest, longest = 32, 64 << 10
+	if depth > deepest || len(dst) > longest {
 		return append(dst, "null"...)
 	}
 	if ref := schema.Get(`\$ref`); ref.Exists() {

@@ -1,0 +1,142 @@
+package backend
+
+import "strconv"
+
+// end appends the chunk with the usage, if the client asked for one. prompt is the
+// size of the prompt for a backend that never told it.
+func (w *rewriter) end(dst []byte, prompt int) []byte {
+	switch {
+	case !w.includeUsage:
+		return dst
+	case len(w.last) > 0 && !(w.partial && len(w.choices) > 1):
+		dst = append(dst, w.last...)
+	default:
+		dst = append(append(dst, w.head...), `,"choices":[],"usage":`...)
+		if len(w.usage) > 0 && len(w.choices) == 1 {
+			dst = oneLine(append(dst, w.usage...), len(dst))
+		} else {
+			dst = w.appendUsage(dst, prompt)
+		}
+		dst = append(dst, '}')
+	}
+	return append(dst, '\n')
+}
+
+// multiply turns the figure of the first choice of a whole reply into one of all
+// choices, by their length, and reports whether it had to.
+func (w *rewriter) multiply() bool {
+	if !w.partial || len(w.choices) < 2 || w.completion < 0 {
+		return false
+	}
+	sum := 0
+	for i := range w.choices {
+		sum += w.choices[i].counted
+	}
+	if first := w.choices[0].counted; first > 0 {
+		w.completion = (w.completion*sum + first - 1) / first
+	}
+	return true
+}
+
+func (w *rewriter) appendUsage(dst []byte, prompt int) []byte {
+	if w.prompt >= 0 {
+		prompt = w.prompt
+	}
+	tokens := w.tokens()
+	dst = strconv.AppendInt(append(dst, `{"prompt_tokens":`...), int64(prompt), 10)
+	dst = strconv.AppendInt(append(dst, `,"completion_tokens":`...), int64(tokens), 10)
+	dst = strconv.AppendInt(append(dst, `,"total_tokens":`...), int64(prompt+tokens), 10)
+	return append(dst, '}')
+}
+
+// tokens is the number of output tokens so far: the backend's own figure where it
+// told one, else an estimate: one for each delta that carried something, and four
+// bytes a token in a reply that came whole.
+func (w *rewriter) tokens() int {
+	growing := w.stream && w.partial && len(w.choices) > 1
+	if w.completion >= 0 && !growing {
+		return w.completion
+	}
+	n := 0
+	for i := range w.choices {
+		if c := &w.choices[i]; c.told >= 0 {
+			n += c.told
+		} else {
+			n += c.counted
+		}
+	}
+	return max(n, w.completion)
+}
+
+// noteUsage keeps what a usage object tells. While choices are streaming it is of
+// the one choice that it came with; without choices, or in a whole reply, it is of
+// all. It returns false for an object that tells nothing.
+func (w *rewriter) noteUsage(raw []byte, choices, single int) bool {
+	prompt, completion := -1, -1
+	o := object{b: raw}
+	for o.next() {
+		start, end := o.skip()
+		if end < 0 {
+			break
+		}
+		switch string(o.key) {
+		case "prompt_tokens":
+			if n, ok := count(raw[start:end]); ok {
+				prompt = n
+			}
+		case "completion_tokens":
+			if n, ok := count(raw[start:end]); ok {
+				completion = n
+			}
+		}
+	}
+	if prompt < 0 && completion < 0 {
+		return false
+	}
+	w.usage = append(w.usage[:0], raw...)
+	w.note(prompt, completion, choices, single)
+	return true
+}
+
+// noteTimings keeps what llama.cpp tells of its own accord.
+func (w *rewriter) noteTimings(raw []byte, choices, single int) {
+	prompt, cached, completion := -1, 0, -1
+	o := object{b: raw}
+	for o.next() {
+		start, end := o.skip()
+		if end < 0 {
+			break
+		}
+		n, ok := count(raw[start:end])
+		if !ok {
+			continue
+		}
+		switch string(o.key) {
+		case "prompt_n":
+			prompt = n
+		case "cache_n":
+			cached = n
+		case "predicted_n":
+			completion = n
+		}
+	}
+	if prompt >= 0 {
+		prompt += cached
+	}
+	w.note(prompt, completion, choices, single)
+}
+
+func (w *rewriter) note(prompt, completion, choices, single int) {
+	if prompt >= 0 {
+		w.prompt = prompt
+	}
+	switch {
+	case completion < 0:
+	case w.stream && choices == 1:
+		w.choices[single].told = max(w.choices[single].told, completion)
+	case w.stream && w.partial && len(w.choices) > 1:
+		w.completion = max(w.completion, 0) + completion
+	default:
+		w.completion = completion
+	}
+}
