@@ -43,7 +43,7 @@ var wire = map[string]struct{ full, minimal any }{
 	"bus-error":    {fullError, &Error{Code: CodeInternalError}},
 	"verdict":      {Verdict{Go: true, Reason: "r", Seq: 1, Next: 1}, Verdict{Reason: ReasonFinished}},
 	"inventory":    {Inventory{Models: []Model{fullModel}}, Inventory{}},
-	"heartbeat":    {Heartbeat{ProtocolVersion, NewIncarnation(), AgentUp, "h", &Inventory{Models: []Model{fullModel}}, 1, 1, 1}, Heartbeat{Version: ProtocolVersion, Incarnation: NewIncarnation(), State: AgentBye, Hash: "h"}},
+	"heartbeat":    {Heartbeat{ProtocolVersion, NewIncarnation(), AgentUp, "h", &Inventory{Models: []Model{fullModel}}, "gpu-1", 1, 1, 1}, Heartbeat{Version: ProtocolVersion, Incarnation: NewIncarnation(), State: AgentBye, Hash: "h"}},
 	"hello":        {Hello{ProtocolVersion, NewIncarnation(), "s", "h", Inventory{Models: []Model{fullModel}}}, Hello{Version: ProtocolVersion, Incarnation: NewIncarnation()}},
 	"welcome":      {Welcome{JobStream, map[string]string{"m": "c"}, fullError}, Welcome{Stream: JobStream}},
 	"control":      {Control{ControlCancel, NewNonce(), ReasonCancelled}, Control{Operation: ControlPing}},

@@ -87,7 +87,7 @@ func FromSecret(secret string) (Key, error) {
 func Parse(authorization string) (Key, error) {
 	if authorization == "" {
 		return Key{}, schemas.Errorf(schemas.CodeKeyMalformed,
-			"No API key was sent. Send it in the header "Authorization: Bearer sk-ownllm-…".")
+			"No API key was sent. Send it in the header `Authorization: Bearer sk-ownllm-…`.")
 	}
 	scheme, rest, ok := strings.Cut(authorization, " ")
 	if !ok || !strings.EqualFold(scheme, "Bearer") {

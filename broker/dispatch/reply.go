@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/schemas"
@@ -54,6 +55,7 @@ type attempt struct {
 	run     string // the run whose claim was granted, or empty
 	claimed time.Time
 	loading bool
+	over    bool // the last frame was taken; the worker acknowledges the job
 	next    uint64
 }
 
@@ -176,7 +178,8 @@ func (r *Reply) signal() {
 // that runs is cancelled.
 func (r *Reply) Close() {
 	r.mu.Lock()
-	a, finished := r.cur, r.ended && r.err == nil
+	a := r.cur
+	over := a != nil && a.over
 	if !r.ended {
 		r.ended = true
 		r.timing.Ended = time.Now()
@@ -186,7 +189,7 @@ func (r *Reply) Close() {
 		return
 	}
 	r.retire(a)
-	if !finished {
+	if !over {
 		r.remove(a)
 	}
 }
@@ -214,19 +217,17 @@ func (r *Reply) retire(a *attempt) {
 // removeWait bounds the removal of a job from the queue.
 const removeWait = 2 * time.Second
 
-// remove makes sure that nobody runs an attempt that was retired. A claim that comes
-// all the same is refused, so a failure here costs a delivery, and nothing else.
+// remove makes sure that nobody runs an attempt that was retired: its worker is told,
+// and the job is taken out of the queue, since the worker may be gone. A claim that
+// comes all the same is refused, so a failure here costs a delivery, and nothing else.
 func (r *Reply) remove(a *attempt) {
-	r.mu.Lock()
-	claimed := a.run != ""
-	r.mu.Unlock()
 	r.d.cancel(a.agent, a.nonce, schemas.ReasonCancelled)
-	if claimed || a.seq == 0 {
+	if a.seq == 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), removeWait)
 	defer cancel()
-	if err := r.d.queue.Delete(ctx, a.seq); err != nil {
+	if err := r.d.queue.Delete(ctx, a.seq); err != nil && !bus.Down(err) {
 		r.d.log.WarnContext(ctx, "job not removed", "request", r.req.ID, "error", err)
 	}
 }
@@ -286,9 +287,9 @@ func (r *Reply) accept(a *attempt, f *schemas.Frame, now time.Time) {
 	}
 	switch {
 	case f.Kind == schemas.FrameError:
-		r.ended, r.err = true, f.Error
+		r.ended, a.over, r.err = true, true, f.Error
 	case f.Kind == schemas.FrameDone:
-		r.ended = true
+		r.ended, a.over = true, true
 	case r.req.Stream && r.unreadLen > r.d.cfg.MaxUnread:
 		r.ended = true
 		r.err = schemas.Errorf(schemas.CodeAgentTimeout,

@@ -152,7 +152,7 @@ func (k *Keyring) poll(ctx context.Context) error {
 		k.forget(changes)
 	}
 	// Only now, when nothing that is stale is left.
-	k.polled.Store(&poll{began: time.Now(), asOf: changes.AsOf})
+	k.polled.Store(&poll{began: began, asOf: changes.AsOf})
 	for _, hook := range k.hooks {
 		if changes.Reset && since >= 0 {
 			hook("", "")

@@ -22,6 +22,11 @@ import (
 // word. Liveness comes from asking: one missed beat makes the feed ask the agent's
 // control subject, and if nobody is there, the bus says so at once, long before
 // StaleAfter.
+//
+// Silence says something of an agent only while this process can hear. The feed sends
+// itself an echo with every sweep, and as long as none of the last second has come back
+// it judges nobody: its own link may be dead before anybody notices, or the process was
+// stopped for a while and what it missed is still on its way.
 type Feed struct {
 	nc    *nats.Conn
 	table *Table
@@ -37,6 +42,8 @@ func NewFeed(nc *nats.Conn, table *Table, log *slog.Logger) *Feed {
 const (
 	beat       = time.Second
 	sweepEvery = 250 * time.Millisecond
+	// deafAfter is how old the last echo may be.
+	deafAfter = time.Second
 	// suspectAfter is a beat and some slack.
 	suspectAfter = 1300 * time.Millisecond
 )
@@ -65,8 +72,17 @@ func (f *Feed) Run(ctx context.Context) error {
 	}
 	defer inboxSub.Unsubscribe() //nolint:errcheck // likewise
 
+	echo := f.nc.NewInbox()
+	echoes := make(chan *nats.Msg, 16)
+	echoSub, err := f.nc.ChanSubscribe(echo, echoes)
+	if err != nil {
+		return fmt.Errorf("listen to echoes: %w", err)
+	}
+	defer echoSub.Unsubscribe() //nolint:errcheck // likewise
+
 	started := time.Now()
-	connected := true
+	var echoed time.Time // when the last echo that came back was sent
+	hears := true
 	suspects := make(map[Suspect]time.Time)
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -78,13 +94,20 @@ func (f *Feed) Run(ctx context.Context) error {
 			f.heard(m, inbox)
 		case m := <-answers:
 			f.answered(m, inbox)
+		case m := <-echoes:
+			if since, err := time.ParseDuration(string(m.Data)); err == nil {
+				echoed = started.Add(since)
+			}
 		case now := <-tick.C:
-			if !f.nc.IsConnected() {
-				connected = false
+			if err := f.nc.Publish(echo, []byte(now.Sub(started).String())); err != nil && !bus.Down(err) {
+				f.log.Warn("echo not sent", "error", err)
+			}
+			if !f.nc.IsConnected() || now.Sub(echoed) > deafAfter {
+				hears = false
 				continue
 			}
-			if !connected {
-				connected = true
+			if !hears {
+				hears = true
 				clear(suspects)
 				f.table.Excuse(now)
 			}
@@ -108,13 +131,22 @@ func (f *Feed) heard(m *nats.Msg, inbox string) {
 
 func (f *Feed) observe(tenant schemas.TenantID, id schemas.AgentID, data []byte, inbox string) {
 	var hb schemas.Heartbeat
-	if err := json.Unmarshal(data, &hb); err != nil || hb.Version != schemas.ProtocolVersion {
-		f.log.Warn("heartbeat dropped", "agent", id, "version", hb.Version, "error", err)
+	if err := json.Unmarshal(data, &hb); err != nil || hb.Version != schemas.ProtocolVersion || !meaningful(&hb) {
+		f.log.Warn("heartbeat dropped", "agent", id, "version", hb.Version, "state", hb.State, "error", err)
 		return
 	}
 	if f.table.Observe(tenant, id, &hb, time.Now()) && inbox != "" {
 		f.ask(tenant, id, inbox)
 	}
+}
+
+// meaningful reports whether the heartbeat says who speaks and a state that is known.
+func meaningful(hb *schemas.Heartbeat) bool {
+	switch hb.State {
+	case schemas.AgentUp, schemas.AgentDraining, schemas.AgentBye:
+		return hb.Incarnation != ""
+	}
+	return false
 }
 
 // ask requests the full heartbeat of an agent. The answer comes to the inbox, whose
@@ -142,7 +174,7 @@ func (f *Feed) answered(m *nats.Msg, inbox string) {
 	f.observe(tenant, id, m.Data, "")
 }
 
-// lookAfter asks every agent that has missed a beat, once for each silence.
+// lookAfter asks every agent that has missed a beat, once for every beat that it misses.
 func (f *Feed) lookAfter(now time.Time, asked map[Suspect]time.Time, inbox string) {
 	for s, at := range asked {
 		if now.Sub(at) > StaleAfter {

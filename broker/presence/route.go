@@ -18,9 +18,12 @@ type Choice struct {
 // with the model in memory come first, then the least loaded. The caller owes a
 // Release for every Choice. Agents in exclude are passed over.
 //
+// A model that is loading can be picked: how long the request waits for it, and when it
+// gets model_loading instead, its worker decides.
+//
 // When nobody can, the error says why, in this order: nobody has ever had the model
-// (model_not_found), those who have it are away (agent_offline), it isn't ready
-// (model_loading), or its backend is down (backend_error).
+// (model_not_found), its backend is down on an agent that is here (backend_error), or
+// those who have it are away or on their way out (agent_offline).
 func (t *Table) Route(tenant schemas.TenantID, model string, exclude map[schemas.AgentID]bool) (Choice, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -41,6 +41,7 @@ type agent struct {
 	name        string
 	incarnation schemas.Incarnation
 	state       schemas.AgentState // "" while the agent is away
+	bye         bool               // the incarnation has said its last word
 	lastSeen    time.Time
 	hash        string
 	models      []schemas.Model
@@ -109,11 +110,12 @@ func (t *Table) agent(tenant schemas.TenantID, id schemas.AgentID) *agent {
 
 // Observe takes in a heartbeat. It reports whether the inventory of the agent is
 // unknown and has to be asked for. A heartbeat of a run that a newer one has
-// replaced changes nothing: incarnations sort by the time they were made.
+// replaced changes nothing: incarnations sort by the time they were made. Nor does one
+// of a run that has said bye: an answer to an earlier question can arrive after it.
 func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas.Heartbeat, now time.Time) (ask bool) {
 	t.mu.Lock()
 	a := t.agent(tenant, id)
-	if hb.Incarnation < a.incarnation {
+	if hb.Incarnation < a.incarnation || a.bye && hb.Incarnation == a.incarnation {
 		t.mu.Unlock()
 		return false
 	}
@@ -125,11 +127,11 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 	if a.incarnation != hb.Incarnation {
 		before = ""
 	}
-	a.incarnation, a.lastSeen = hb.Incarnation, now
+	a.incarnation, a.lastSeen, a.bye = hb.Incarnation, now, hb.State == schemas.AgentBye
 	a.running, a.waiting, a.slots = hb.Running, hb.Waiting, hb.Slots
 	switch hb.State {
 	case schemas.AgentBye:
-		if a.state != "" {
+		if before != "" {
 			gone = append(gone, Gone{Agent: id, Incarnation: a.incarnation})
 		}
 		a.state = ""
@@ -227,27 +229,27 @@ func (t *Table) tell(gone []Gone) {
 	}
 }
 
-// Models lists the models of a tenant, sorted by id, each once, as the best of the
-// agents that are here has it; models of agents that are away count only while none
-// is here. reachable reports whether any agent is here.
+// Models lists the models of the agents of a tenant that are here, sorted by id, each
+// once, as the best of them has it. reachable reports whether any agent is here.
 func (t *Table) Models(tenant schemas.TenantID) (models []schemas.Model, reachable bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	best := make(map[string]schemas.Model)
+	best := make(map[string]offer)
 	for _, a := range t.tenants[tenant] {
 		if a.state == "" {
 			continue
 		}
 		reachable = true
-		for _, m := range a.models {
-			if old, ok := best[m.ID]; !ok || stateRank(m.State) < stateRank(old.State) {
-				best[m.ID] = m
+		for i := range a.models {
+			o := offer{a, &a.models[i]}
+			if old, ok := best[o.model.ID]; !ok || o.before(old) {
+				best[o.model.ID] = o
 			}
 		}
 	}
 	models = make([]schemas.Model, 0, len(best))
-	for _, m := range best {
-		models = append(models, m)
+	for _, o := range best {
+		models = append(models, *o.model)
 	}
 	slices.SortFunc(models, func(a, b schemas.Model) int { return cmp.Compare(a.ID, b.ID) })
 	return models, reachable
@@ -259,18 +261,34 @@ func (t *Table) Models(tenant schemas.TenantID) (models []schemas.Model, reachab
 func (t *Table) Find(tenant schemas.TenantID, model string) (schemas.Model, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	var found *schemas.Model
-	foundHere := false
+	var best offer
 	for _, a := range t.tenants[tenant] {
-		here := a.state != ""
-		if m := a.find(model); m != nil && (found == nil || here && (!foundHere || stateRank(m.State) < stateRank(found.State))) {
-			found, foundHere = m, here
+		if o := (offer{a, a.find(model)}); o.model != nil && (best.model == nil || o.before(best)) {
+			best = o
 		}
 	}
-	if found == nil {
+	if best.model == nil {
 		return schemas.Model{}, false
 	}
-	return *found, true
+	return *best.model, true
+}
+
+// offer is a model as one agent has it.
+type offer struct {
+	agent *agent
+	model *schemas.Model
+}
+
+// before puts agents that are here first, then the better state. The last word has the
+// agent's id, so that the same question gets the same answer.
+func (o offer) before(p offer) bool {
+	if here := o.agent.state != ""; here != (p.agent.state != "") {
+		return here
+	}
+	if a, b := stateRank(o.model.State), stateRank(p.model.State); a != b {
+		return a < b
+	}
+	return o.agent.id < p.agent.id
 }
 
 func (a *agent) find(model string) *schemas.Model {

@@ -321,18 +321,20 @@ func TestConnectionsAreUsedAgain(t *testing.T) {
 	f := newLlama(t)
 	b := probe(t, Config{URL: f.URL})
 	addresses := make(chan string, 100)
-	var stay chan struct{}
+	// The end of the HTTP reply comes after the reader has seen [DONE].
+	stay, seen := make(chan struct{}), make(chan struct{}, 1)
 	f.set("POST /v1/chat/completions", func(w http.ResponseWriter, r *http.Request) {
 		addresses <- r.RemoteAddr
 		streams(`data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}`+"\n\ndata: [DONE]\n\n")(w, r)
 		w.(http.Flusher).Flush()
-		if stay != nil {
-			<-stay
+		select {
+		case <-seen:
+		case <-stay:
 		}
 	})
 	c := testCall(true, false)
 	c.Body = []byte(`{}`)
-	run := func() string {
+	run := func(end bool) string {
 		r, err := b.Chat(t.Context(), c)
 		if err != nil {
 			t.Fatal(err)
@@ -340,18 +342,20 @@ func TestConnectionsAreUsedAgain(t *testing.T) {
 		if _, err := drain(r); err != nil {
 			t.Fatal(err)
 		}
+		if end {
+			seen <- struct{}{}
+		}
 		_ = r.Close()
 		return <-addresses
 	}
-	first := run()
+	first := run(true)
 	for range 10 {
-		if again := run(); again != first {
+		if again := run(true); again != first {
 			t.Fatalf("connection %s, then %s", first, again)
 		}
 	}
-	stay = make(chan struct{})
 	began := time.Now()
-	run()
+	run(false)
 	if took := time.Since(began); took > 20*drainWait {
 		t.Errorf("Close waited %v", took)
 	}

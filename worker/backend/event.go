@@ -105,7 +105,7 @@ func (e *events) blankNext() bool {
 func (e *events) readLine(wait bool) ([]byte, error) {
 	if !wait {
 		b, _ := e.r.Peek(e.r.Buffered())
-		if false && bytes.IndexByte(b, '\n') < 0 {
+		if bytes.IndexByte(b, '\n') < 0 {
 			return nil, errNotYet
 		}
 	}

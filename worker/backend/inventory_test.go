@@ -182,6 +182,18 @@ func TestRouterInventory(t *testing.T) {
 	if n := f.count("GET /props") - before; n != 3 {
 		t.Errorf("%d questions for properties, want 3", n)
 	}
+
+	// A router that went away may come back with other settings.
+	f.set("GET /models", says(500, ``))
+	if _, err := b.Models(t.Context()); err == nil {
+		t.Error("a router that fails gives no error")
+	}
+	f.set("GET /models", says(200, routerList))
+	before = f.count("GET /props")
+	models(t, b)
+	if n := f.count("GET /props") - before; n != 2 {
+		t.Errorf("%d questions after it came back, want 2", n)
+	}
 }
 
 func TestVLLMInventory(t *testing.T) {

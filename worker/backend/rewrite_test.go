@@ -55,7 +55,7 @@ func TestChunk(t *testing.T) {
 				role,
 				`{"choices":[{"index":0,"delta":{"reasoning":"r"},"finish_reason":null}]}`,
 				`{"choices":[{"index":0,"delta":{"thinking":"t"},"finish_reason":null}]}`,
-				`{"choices":[{"index":0,"delta":{"reasoning_content":"same","reasoning":"same"},"finish_reason":null}]}`,
+				`{"choices":[{"index":0,"delta":{"reasoning_content":"same","reasoning":"other"},"finish_reason":null}]}`,
 				`{"choices":[{"index":0,"delta":{"reasoning_content":null,"reasoning":"r"},"finish_reason":null}]}`,
 				`{"choices":[{"index":0,"delta":{"content":"c","reasoning":null},"finish_reason":null}]}`,
 				`{"choices":[{"index":0,"delta":{"reasoning":{"effort":"high"}},"finish_reason":null}]}`,

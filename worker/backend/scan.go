@@ -166,7 +166,7 @@ func (o *object) next() bool {
 	i := o.i
 	if !o.begun {
 		o.begun = true
-		if i >= len(o.b) || o.b[i] != '{' || o.depth > maxDepth {
+		if i >= len(o.b) || o.b[i] != '{' {
 			o.i = -1
 			return false
 		}
@@ -246,7 +246,7 @@ func (a *array) next() bool {
 	i := a.i
 	if !a.begun {
 		a.begun = true
-		if i >= len(a.b) || a.b[i] != '[' || a.depth > maxDepth {
+		if i >= len(a.b) || a.b[i] != '[' {
 			a.i = -1
 			return false
 		}

@@ -154,7 +154,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	server := &http.Server{
 		Handler: s,
 		// Replies end with ctx, so that shutting down needn't wait for a stalled one.
-		
+		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ReadHeaderTimeout: 10 * time.Second,
 	}
 	failed := make(chan error, 1)

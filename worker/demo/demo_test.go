@@ -503,9 +503,14 @@ func TestServeEndsWhatRuns(t *testing.T) {
 			break
 		}
 	}
+	stopped := time.Now()
 	cancel()
 	if err := <-ended; err != nil {
 		t.Errorf("Serve: %v", err)
+	}
+	// A second is what connections get that never ask for anything.
+	if took := time.Since(stopped); took >= time.Second {
+		t.Errorf("Serve waited %v for a stalled reply", took)
 	}
 	if got := <-heard; got.err == nil || got.content != count(3) {
 		t.Errorf("the stalled stream ended with %q and no error", got.content)

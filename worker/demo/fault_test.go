@@ -11,6 +11,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 
 	"github.com/tidwall/gjson"
 
@@ -243,12 +244,38 @@ func TestPeak(t *testing.T) {
 // record is a ResponseWriter that notes when each write came, for tests in fake time.
 type record struct {
 	*httptest.ResponseRecorder
-	at []time.Time
+	at    []time.Time
+	sizes []int
 }
 
 func (r *record) Write(b []byte) (int, error) {
-	r.at = append(r.at, time.Now())
+	r.at, r.sizes = append(r.at, time.Now()), append(r.sizes, len(b))
 	return r.ResponseRecorder.Write(b)
+}
+
+// A split must be inside a character, and the halves apart in time: else it may
+// arrive as one read, and nobody's decoder is tested.
+func TestSplitUTF8(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New(Options{})
+		got := hear(s, `"stream":true,"demo":{"split_utf8":true,"text":"é 🚀"}`)
+		inside := 0
+		rest := got.Body.String()
+		for i, size := range got.sizes {
+			if i%2 == 1 && !got.at[i].After(got.at[i-1]) {
+				t.Errorf("write %d came together with the one before", i)
+			}
+			if !utf8.ValidString(rest[:size]) {
+				inside++
+			}
+			rest = rest[size:]
+		}
+		// Two tokens, each cut into two pieces that aren't valid by themselves; role,
+		// finish_reason and [DONE] are cut too.
+		if inside != 4 || len(got.sizes) != 10 {
+			t.Errorf("%d of %d writes begin or end inside a character", inside, len(got.sizes))
+		}
+	})
 }
 
 func hear(s *Server, members string) *record {

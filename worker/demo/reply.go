@@ -3,6 +3,7 @@ package demo
 import (
 	"fmt"
 	"hash/fnv"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -127,8 +128,8 @@ func (p *reply) planContent(q *request, f *Faults) int {
 	case f.Numbered:
 		return numberedLength
 	case format == "json_schema":
-		schema := q.format.Get("json_schema.schema")
-		p.lead = split(string(appendInstance(nil, schema, schema, 0)))
+		n := instancer{budget: maxSchemaBytes}
+		p.lead = split(n.instance(q.format.Get("json_schema.schema")))
 	case format == "json_object":
 		p.lead = split(string(schemas.AppendString([]byte(`{"demo": true, "reply": `), clip(q.lastUser()))) + `}`)
 	case f.Tokens > 0 && f.Tokens <= len(opening):
@@ -165,11 +166,7 @@ func (p *reply) planCalls(q *request, f *Faults) error {
 	switch choice := q.toolChoice; {
 	case choice.IsObject():
 		forced = choice.Get("function.name").Str
-		known := false
-		for _, tool := range tools {
-			known = known || tool.Get("function.name").Str == forced
-		}
-		if !known {
+		if !slices.ContainsFunc(tools, func(tool gjson.Result) bool { return tool.Get("function.name").Str == forced }) {
 			return fmt.Errorf("tool_choice names the tool %q, which isn't among the tools", clip(forced))
 		}
 		count = max(count, 1)
@@ -179,20 +176,23 @@ func (p *reply) planCalls(q *request, f *Faults) error {
 		}
 		count = max(count, 1)
 	}
+	if forced != "" {
+		tools = slices.DeleteFunc(tools, func(tool gjson.Result) bool { return tool.Get("function.name").Str != forced })
+	}
+	n := instancer{budget: maxSchemaBytes}
 	for i := range count {
-		c := call{id: fmt.Sprintf("call_demo_%d", i), name: "demo_tool", arguments: "{}"}
-		if len(tools) > 0 {
-			function := tools[i%len(tools)].Get("function")
-			for _, tool := range tools {
-				if forced != "" && tool.Get("function.name").Str == forced {
-					function = tool.Get("function")
-				}
-			}
+		c := call{name: "demo_tool", arguments: "{}"}
+		switch {
+		case len(tools) > 0 && i >= len(tools):
+			c = p.calls[i%len(tools)]
+		case len(tools) > 0:
+			function := tools[i].Get("function")
 			c.name = function.Get("name").Str
 			if schema := function.Get("parameters"); schema.Exists() {
-				c.arguments = string(appendInstance(nil, schema, schema, 0))
+				c.arguments = n.instance(schema)
 			}
 		}
+		c.id = fmt.Sprintf("call_demo_%d", i)
 		p.calls = append(p.calls, c)
 		p.pieces = append(p.pieces, piece{call: i, opens: true})
 		for _, s := range split(c.arguments) {
@@ -293,130 +293,4 @@ func (p *reply) callsUntil(end int) []call {
 		}
 	}
 	return calls
-}
-
-// appendInstance appends the least value that fits a JSON Schema: of an object its
-// required members, of an array as many elements as it must have, and the first of
-// several choices. pattern and the like are beyond it. A schema that goes on for ever
-// gets null at some point.
-func appendInstance(dst []byte, schema, root gjson.Result, depth int) []byte {
-	const deepest, longest = 32, 64 << 10
-	if depth > deepest || len(dst) > longest {
-		return append(dst, "null"...)
-	}
-	if ref := schema.Get(`\$ref`); ref.Exists() {
-		return appendInstance(dst, resolve(ref.Str, root), root, depth+1)
-	}
-	if value := schema.Get("const"); value.Exists() {
-		return append(dst, value.Raw...)
-	}
-	if value := schema.Get("enum.0"); value.Exists() {
-		return append(dst, value.Raw...)
-	}
-	for _, key := range [...]string{"anyOf.0", "oneOf.0", "allOf.0"} {
-		if choice := schema.Get(key); choice.Exists() {
-			return appendInstance(dst, choice, root, depth+1)
-		}
-	}
-	kind := schema.Get("type")
-	if kind.IsArray() {
-		kind = kind.Get("0")
-	}
-	name := kind.Str
-	if name == "" {
-		switch {
-		case schema.Get("items").Exists():
-			name = "array"
-		default:
-			name = "object"
-		}
-	}
-	switch name {
-	case "string":
-		return schemas.AppendString(dst, instanceString(schema))
-	case "integer", "number":
-		return appendInstanceNumber(dst, schema)
-	case "boolean":
-		return append(dst, "true"...)
-	case "null":
-		return append(dst, "null"...)
-	case "array":
-		dst = append(dst, '[')
-		for i := range int(min(schema.Get("minItems").Int(), 64)) {
-			if i > 0 {
-				dst = append(dst, ", "...)
-			}
-			dst = appendInstance(dst, schema.Get("items"), root, depth+1)
-		}
-		return append(dst, ']')
-	}
-	dst = append(dst, '{')
-	properties := schema.Get("properties").Map()
-	for i, key := range schema.Get("required").Array() {
-		if i > 0 {
-			dst = append(dst, ", "...)
-		}
-		dst = schemas.AppendString(dst, key.Str)
-		dst = append(dst, ": "...)
-		dst = appendInstance(dst, properties[key.Str], root, depth+1)
-	}
-	return append(dst, '}')
-}
-
-func instanceString(schema gjson.Result) string {
-	switch schema.Get("format").Str {
-	case "date-time":
-		return "2026-01-01T00:00:00Z"
-	case "date":
-		return "2026-01-01"
-	case "time":
-		return "00:00:00Z"
-	case "email":
-		return "demo@example.com"
-	case "uuid":
-		return "00000000-0000-4000-8000-000000000000"
-	case "uri":
-		return "https://example.com/"
-	}
-	s := "demo"
-	if least := int(min(schema.Get("minLength").Int(), 4096)); least > len(s) {
-		s = strings.Repeat(s, least/len(s)+1)[:least]
-	}
-	if most := schema.Get("maxLength"); most.Exists() && int(most.Int()) < len(s) {
-		s = s[:max(0, int(most.Int()))]
-	}
-	return s
-}
-
-func appendInstanceNumber(dst []byte, schema gjson.Result) []byte {
-	n := 0.0
-	if least := schema.Get("minimum"); least.Exists() {
-		n = max(n, least.Num)
-	}
-	if least := schema.Get("exclusiveMinimum"); least.Exists() && n <= least.Num {
-		n = least.Num + 1
-	}
-	if most := schema.Get("maximum"); most.Exists() {
-		n = min(n, most.Num)
-	}
-	if most := schema.Get("exclusiveMaximum"); most.Exists() && n >= most.Num {
-		n = most.Num - 1
-	}
-	return strconv.AppendFloat(dst, n, 'f', -1, 64)
-}
-
-// resolve finds a reference inside the same schema: "#/$defs/name".
-func resolve(ref string, root gjson.Result) gjson.Result {
-	path, ok := strings.CutPrefix(ref, "#")
-	if !ok {
-		return gjson.Result{}
-	}
-	found := root
-	for _, key := range strings.Split(strings.TrimPrefix(path, "/"), "/") {
-		if key == "" {
-			continue
-		}
-		found = found.Map()[strings.NewReplacer("~1", "/", "~0", "~").Replace(key)]
-	}
-	return found
 }

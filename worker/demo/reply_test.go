@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
@@ -82,7 +83,8 @@ func TestInstanceFitsItsSchema(t *testing.T) {
 	} {
 		t.Run(schema, func(t *testing.T) {
 			parsed := gjson.Parse(schema)
-			instance := string(appendInstance(nil, parsed, parsed, 0))
+			n := instancer{budget: maxSchemaBytes}
+			instance := n.instance(parsed)
 			doc, err := jsonschema.UnmarshalJSON(strings.NewReader(schema))
 			if err != nil {
 				t.Fatal(err)
@@ -113,16 +115,33 @@ func TestInstanceOfEndlessSchema(t *testing.T) {
 		`{"type":"object","required":["a"],"properties":{"a":{"$ref":"#"}}}`,
 		`{"$ref":"#/nowhere"}`, `{"$ref":"http://x"}`, `{"type":7}`, `[]`, `"x"`,
 	} {
-		parsed := gjson.Parse(schema)
-		if instance := appendInstance(nil, parsed, parsed, 0); !json.Valid(instance) {
+		n := instancer{budget: maxSchemaBytes}
+		if instance := n.instance(gjson.Parse(schema)); !json.Valid([]byte(instance)) {
 			t.Errorf("%s: %s", schema, instance)
 		}
 	}
-	// One that branches would take for ever, if only the depth had a bound.
-	parsed := gjson.Parse(`{"type":"array","minItems":64,"items":{"$ref":"#"}}`)
-	if instance := appendInstance(nil, parsed, parsed, 0); !json.Valid(instance) {
-		t.Error("invalid instance of a schema that branches")
+}
+
+// A small request must not buy a lot of work: this one took two minutes, when only
+// the depth and the length of a value had a bound.
+func TestInstanceOfCostlySchema(t *testing.T) {
+	body := ask(`"tools":[{"function":{"name":"f","parameters":{"type":"array","minItems":64,"x":"` + strings.Repeat("y", 100_000) +
+		`","items":{"$ref":"#"}}}}],"demo":{"tool_calls":128}`)
+	q, err := parseRequest([]byte(body))
+	if err != nil {
+		t.Fatal(err)
 	}
+	f, info := NoFaults(), DefaultModel()
+	f.ToolCalls = 128
+	start := time.Now()
+	p, err := plan(q, &f, &info)
+	if err != nil || len(p.calls) != 128 || !json.Valid([]byte(p.calls[127].arguments)) {
+		t.Errorf("%d calls, error %v", len(p.calls), err)
+	}
+	if took := time.Since(start); took > 10*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	t.Logf("it took %v", time.Since(start))
 }
 
 // FuzzParseRequest looks for a request that can't be planned.

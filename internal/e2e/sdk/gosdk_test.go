@@ -1,4 +1,4 @@
-package e2e
+package sdk
 
 import (
 	"context"
@@ -16,9 +16,9 @@ import (
 	"github.com/openai/openai-go/v3/shared"
 )
 
-// goSDK is the official Go SDK pointed at a target.
+// goSDK is the official Go SDK, pointed at a target.
 type goSDK struct {
-	sdkTarget
+	target
 	openai.Client
 }
 
@@ -29,13 +29,17 @@ type (
 
 const pixel = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 
-func checkGoSDK(t *testing.T, target sdkTarget) {
-	s := goSDK{target, openai.NewClient(
-		option.WithBaseURL(target.BaseURL),
-		option.WithAPIKey(target.APIKey),
+func newGoSDK(to target) goSDK {
+	return goSDK{to, openai.NewClient(
+		option.WithBaseURL(to.BaseURL),
+		option.WithAPIKey(to.APIKey),
 		option.WithMaxRetries(0), // so that a failure shows as it is
 		option.WithRequestTimeout(time.Minute),
 	)}
+}
+
+func checkGoSDK(t *testing.T, to target) {
+	s := newGoSDK(to)
 	t.Run("reply", s.reply)
 	t.Run("stream", s.stream)
 	t.Run("unknown fields", s.unknownFields)
@@ -49,7 +53,7 @@ func checkGoSDK(t *testing.T, target sdkTarget) {
 	t.Run("models", s.models)
 	t.Run("cancel", s.cancel)
 	t.Run("failures", s.failures)
-	for _, c := range target.Cases {
+	for _, c := range to.Cases {
 		calls := []string{c.Call}
 		if c.Call == "" {
 			calls = []string{"chat", "stream"}
@@ -58,7 +62,7 @@ func checkGoSDK(t *testing.T, target sdkTarget) {
 			t.Run("case "+c.Name+" "+call, func(t *testing.T) { s.oneCase(t, c, call) })
 		}
 	}
-	if target.RealModel != "" {
+	if to.RealModel != "" {
 		t.Run("real model", s.realModel)
 	}
 }

@@ -1,4 +1,4 @@
-package e2e
+package sdk
 
 import (
 	"encoding/json"
@@ -82,7 +82,7 @@ func (a *attempts) RoundTrip(r *http.Request) (*http.Response, error) {
 	return http.DefaultTransport.RoundTrip(r)
 }
 
-func (s goSDK) oneCase(t *testing.T, c sdkCase, call string) {
+func (s goSDK) oneCase(t *testing.T, c errorCase, call string) {
 	var tries attempts
 	opts := []option.RequestOption{option.WithAPIKey(c.Key), option.WithHTTPClient(&http.Client{Transport: &tries})}
 	if c.BaseURL != "" {

@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// workload is one kind of load.
+type workload struct {
+	Stream  bool `json:"stream"`
+	Clients int  `json:"clients"`
+}
+
+func (w workload) String() string {
+	kind, plural := "whole ", "s"
+	if w.Stream {
+		kind = "stream"
+	}
+	if w.Clients == 1 {
+		plural = ""
+	}
+	return fmt.Sprintf("%s, %2d client%s", kind, w.Clients, plural)
+}
+
+// workloads are what is measured.
+var workloads = []workload{{true, 1}, {true, 32}, {false, 1}, {false, 32}}
+
+// Figure is one measurement. Times of first tokens are in microseconds, CPU times in
+// microseconds for each request.
+type Figure struct {
+	PerSecond   float64 `json:"requests_per_second"`
+	FirstP50    float64 `json:"first_token_p50_us"`
+	FirstP99    float64 `json:"first_token_p99_us"`
+	CPUBackend  float64 `json:"cpu_backend_us"`
+	CPUBroker   float64 `json:"cpu_broker_us"`
+	CPUPostgres float64 `json:"cpu_postgres_us"`
+	CPUClient   float64 `json:"cpu_client_us"`
+}
+
+// load sends requests for a while, and says how that went.
+func (s *stack) load(ctx context.Context, t target, w workload, d time.Duration) (Figure, error) {
+	clients := make([]*client, w.Clients)
+	for i := range clients {
+		c, err := dial(ctx, t, w.Stream)
+		if err != nil {
+			return Figure{}, err
+		}
+		defer c.close()
+		clients[i] = c
+	}
+	var (
+		mu    sync.Mutex
+		first []time.Duration // of each request
+	)
+	before, start := s.spent(), time.Now()
+	group, ctx := errgroup.WithContext(ctx)
+	for _, c := range clients {
+		group.Go(func() error {
+			var mine []time.Duration
+			for time.Since(start) < d && ctx.Err() == nil {
+				took, err := c.roundTrip()
+				if err != nil {
+					return fmt.Errorf("%s at %s: %w", w, t.addr, err)
+				}
+				mine = append(mine, took)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			first = append(first, mine...)
+			return nil
+		})
+	}
+	err := group.Wait()
+	elapsed, used := time.Since(start), s.spent().minus(before)
+	if err == nil {
+		err = context.Cause(ctx)
+	}
+	if len(first) == 0 || err != nil && ctx.Err() == nil {
+		return Figure{}, err
+	}
+	slices.Sort(first)
+	each := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(len(first)) }
+	return Figure{
+		PerSecond: float64(len(first)) / elapsed.Seconds(),
+		FirstP50:  quantile(first, 0.50), FirstP99: quantile(first, 0.99),
+		CPUBackend: each(used.backend), CPUBroker: each(used.broker), CPUPostgres: each(used.postgres), CPUClient: each(used.client),
+	}, nil
+}
+
+// quantile of sorted durations, in microseconds.
+func quantile(sorted []time.Duration, q float64) float64 {
+	i := int(q * float64(len(sorted)))
+	return float64(sorted[min(i, len(sorted)-1)].Nanoseconds()) / 1e3
+}
+
+// warmUp is how long each side gets to fill its caches before it is measured.
+const warmUp = 300 * time.Millisecond
+
+// measure starts everything, measures all workloads in turns, and returns the report.
+func measure(ctx context.Context, c config, stderr io.Writer) (*Report, error) {
+	report := newReport(ctx, c)
+	s, err := startStack(ctx, c, stderr)
+	if err != nil {
+		return nil, err
+	}
+	defer s.close()
+	for _, w := range workloads {
+		for _, t := range []target{s.direct, s.through} {
+			if _, err := s.load(ctx, t, w, warmUp); err != nil {
+				return nil, err
+			}
+		}
+	}
+	for round := range c.rounds {
+		for i, w := range workloads {
+			var pair Pair
+			if pair.Direct, err = s.load(ctx, s.direct, w, c.duration); err != nil {
+				return nil, err
+			}
+			if pair.Broker, err = s.load(ctx, s.through, w, c.duration); err != nil {
+				return nil, err
+			}
+			report.Workloads[i].Rounds = append(report.Workloads[i].Rounds, pair)
+		}
+		fmt.Fprintf(stderr, "round %d of %d\n", round+1, c.rounds)
+	}
+	if c.profile != "" {
+		if err := s.profile(ctx, c.profile); err != nil {
+			return nil, err
+		}
+	}
+	return report, nil
+}
+
+// profileTime is how long a profile is taken for.
+const profileTime = 10 * time.Second
+
+// profile saves what the broker process does under load with 32 clients.
+func (s *stack) profile(ctx context.Context, dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for _, w := range workloads {
+		if w.Clients == 1 {
+			continue
+		}
+		name := "whole"
+		if w.Stream {
+			name = "stream"
+		}
+		seconds := fmt.Sprintf("?seconds=%d", int(profileTime.Seconds()))
+		group, ctx := errgroup.WithContext(ctx)
+		group.Go(func() error {
+			_, err := s.load(ctx, s.through, w, profileTime+time.Second)
+			return err
+		})
+		group.Go(func() error { return save(ctx, s.ops+"/debug/pprof/profile"+seconds, filepath.Join(dir, name+".cpu")) })
+		group.Go(func() error { return save(ctx, s.ops+"/debug/pprof/allocs"+seconds, filepath.Join(dir, name+".allocs")) })
+		if err := group.Wait(); err != nil {
+			return fmt.Errorf("profile %s: %w", w, err)
+		}
+	}
+	return nil
+}
+
+// save writes what an address answers into a file.
+func save(ctx context.Context, url, path string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	transport := &http.Transport{DisableKeepAlives: true}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close() //nolint:errcheck // read to its end
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s answers with status %d", url, resp.StatusCode)
+	}
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, b, 0o644) //nolint:gosec // a profile is no secret
+}

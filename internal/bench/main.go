@@ -1,0 +1,86 @@
+// Command bench measures what the broker costs: it sends the same requests to the demo
+// backend directly and through `ownllm up`, in turns, and prints both side by side.
+//
+//	go run ./internal/bench                 five rounds of two seconds for each figure
+//	go run ./internal/bench -quick          one short round, to see that it works
+//	go run ./internal/bench -profile DIR    CPU and allocation profiles of the broker too
+//
+// The backend is `ownllm demo`, a process of its own, and so is `ownllm up` with its
+// NATS and Postgres. Client, broker and backend share the machine, as they did in every
+// earlier measurement: so the ratio of broker to direct says how much of the machine
+// goes to the broker, not how many requests a broker with a machine to itself can
+// take. There are no thresholds.
+//
+// # The client
+//
+// The load comes from closed loops, each with a connection of its own: a request, its
+// whole reply, the next request. They speak HTTP/1.1 over a net.Conn by hand. The
+// client of net/http hands every request and reply from goroutine to goroutine, which
+// costs about as much as the demo backend itself; on a machine with few cores that is
+// time taken from what is measured. Every reply is checked: status, the numbered tokens
+// each once and in order, finish_reason, and [DONE] at the end of a stream. One that is
+// wrong ends the benchmark.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+// config is what the flags say.
+type config struct {
+	rounds   int
+	duration time.Duration // of one measurement
+	binary   string
+	profile  string
+	json     bool
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop)
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// run is the whole program; it returns the exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	var c config
+	var quick bool
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.IntVar(&c.rounds, "rounds", 5, "how often each figure is measured")
+	flags.DurationVar(&c.duration, "duration", 2*time.Second, "how long one measurement takes")
+	flags.BoolVar(&quick, "quick", false, "one round of 300 ms, to see that it works")
+	flags.StringVar(&c.binary, "binary", "", "the ownllm to measure; without it, it is built")
+	flags.StringVar(&c.profile, "profile", "", "folder for CPU and allocation profiles of the broker process")
+	flags.BoolVar(&c.json, "json", false, "print JSON, for programs")
+	if err := flags.Parse(args); err != nil {
+		return 2
+	}
+	if quick {
+		c.rounds, c.duration = 1, 300*time.Millisecond
+	}
+	if c.rounds < 1 || c.duration < 100*time.Millisecond || flags.NArg() > 0 {
+		fmt.Fprintln(stderr, "bench: it takes at least 1 round, of at least 100ms, and no arguments")
+		return 2
+	}
+	report, err := measure(ctx, c, stderr)
+	if err == nil {
+		if c.json {
+			err = report.writeJSON(stdout)
+		} else {
+			err = report.writeText(stdout)
+		}
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "bench: %v\n", err)
+		return 1
+	}
+	return 0
+}

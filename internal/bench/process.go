@@ -1,0 +1,243 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/ownllm/ownllm/internal/adminapi"
+)
+
+const (
+	startWait = 90 * time.Second
+	// stopWait is longer than the drain of `ownllm up`.
+	stopWait  = 45 * time.Second
+	lookEvery = 20 * time.Millisecond
+)
+
+// process is a program that is measured.
+type process struct {
+	cmd  *exec.Cmd
+	stop context.CancelFunc
+	done chan struct{} // closed when it has ended
+}
+
+// start runs the program until stop is called or ctx ends. Its log goes to stderr.
+func start(ctx context.Context, stdout, stderr io.Writer, binary string, args ...string) (*process, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	cmd := exec.CommandContext(ctx, binary, args...)
+	cmd.Stdout, cmd.Stderr = stdout, stderr
+	// In a group of its own, so that an interrupt at the terminal comes once, from us.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = stopWait
+	if err := cmd.Start(); err != nil {
+		cancel()
+		return nil, fmt.Errorf("start %s %s: %w", binary, args[0], err)
+	}
+	p := &process{cmd, cancel, make(chan struct{})}
+	go func() {
+		_ = cmd.Wait() // its log says why
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// close ends the program and waits until it has.
+func (p *process) close() {
+	p.stop()
+	<-p.done
+}
+
+func (p *process) pid() int { return p.cmd.Process.Pid }
+
+// stack is what is measured: a backend, and a broker in front of it.
+type stack struct {
+	dir     string // removed at the end
+	backend *process
+	broker  *process
+	direct  target
+	through target
+	ops     string // URL of the broker's operations port
+}
+
+// startStack builds the program, unless there is one, and starts it twice.
+func startStack(ctx context.Context, c config, stderr io.Writer) (s *stack, err error) {
+	s = &stack{}
+	defer func() {
+		if err != nil {
+			s.close()
+		}
+	}()
+	if s.dir, err = os.MkdirTemp("", "ownllm-bench-"); err != nil {
+		return nil, err
+	}
+	binary := c.binary
+	if binary == "" {
+		binary = filepath.Join(s.dir, "ownllm")
+		if out, err := exec.CommandContext(ctx, "go", "build", "-o", binary, "github.com/ownllm/ownllm").CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("build ownllm: %w\n%s", err, out)
+		}
+	}
+	if err := s.startBackend(ctx, stderr, binary); err != nil {
+		return nil, err
+	}
+	return s, s.startBroker(ctx, stderr, binary)
+}
+
+// startBackend starts the demo backend, which says where it listens.
+func (s *stack) startBackend(ctx context.Context, stderr io.Writer, binary string) (err error) {
+	out, in, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer out.Close() //nolint:errcheck // only read from
+	s.backend, err = start(ctx, in, stderr, binary, "demo", "--listen", "127.0.0.1:0")
+	_ = in.Close()
+	if err != nil {
+		return err
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		return fmt.Errorf("the demo backend didn't start: %w", err)
+	}
+	_, addr, ok := strings.Cut(strings.TrimSpace(line), "http://")
+	if !ok {
+		return fmt.Errorf("the demo backend says %q, and no address", line)
+	}
+	s.direct = target{addr: addr}
+	return nil
+}
+
+// startBroker starts `ownllm up` in front of the backend, and waits until it serves.
+func (s *stack) startBroker(ctx context.Context, stderr io.Writer, binary string) (err error) {
+	data := filepath.Join(s.dir, "data")
+	s.broker, err = start(ctx, nil, stderr, binary, "up", "--data-dir", data, "--backend", "http://"+s.direct.addr,
+		"--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--nats-listen", "127.0.0.1:0", "--log-level", "warn")
+	if err != nil {
+		return err
+	}
+	give := time.NewTimer(startWait)
+	defer give.Stop()
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-s.broker.done:
+			return errors.New("ownllm up ended before it served")
+		case <-give.C:
+			return fmt.Errorf("ownllm up didn't serve within %s", startWait)
+		case <-look.C:
+		}
+		ready, err := adminapi.ReadReady(data)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		addr := strings.TrimSuffix(strings.TrimPrefix(ready.BaseURL, "http://"), "/v1")
+		s.through, s.ops = target{addr: addr, key: ready.APIKey}, ready.OpsURL
+		return nil
+	}
+}
+
+// close ends everything.
+func (s *stack) close() {
+	for _, p := range []*process{s.broker, s.backend} {
+		if p != nil {
+			p.close()
+		}
+	}
+	_ = os.RemoveAll(s.dir)
+}
+
+// spent is the CPU time that was used so far.
+type spent struct {
+	backend, broker, postgres, client time.Duration
+}
+
+func (a spent) minus(b spent) spent {
+	return spent{a.backend - b.backend, a.broker - b.broker, a.postgres - b.postgres, a.client - b.client}
+}
+
+// spent reads the CPU times from /proc. On a system without it they are 0.
+func (s *stack) spent() spent {
+	used := spent{
+		backend: readStat(s.backend.pid()).own,
+		broker:  readStat(s.broker.pid()).own,
+		client:  readStat(os.Getpid()).own,
+	}
+	for _, p := range descendants(s.broker.pid()) {
+		used.postgres += p.own + p.reaped
+	}
+	return used
+}
+
+// stat is what /proc/<pid>/stat says of a process.
+type stat struct {
+	pid, parent int
+	own         time.Duration // in user and kernel mode
+	reaped      time.Duration // of its children that have ended
+}
+
+// tick is the unit of the times: USER_HZ, which is 100 on every Linux.
+const tick = time.Second / 100
+
+func readStat(pid int) stat {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return stat{}
+	}
+	return parseStat(string(b))
+}
+
+func parseStat(line string) stat {
+	var s stat
+	id, _, _ := strings.Cut(line, " ")
+	s.pid, _ = strconv.Atoi(id)
+	// The name is in parentheses, and may hold some itself. The state is field 3.
+	fields := strings.Fields(line[strings.LastIndexByte(line, ')')+1:])
+	at := func(field int) int {
+		if field-3 >= len(fields) {
+			return 0
+		}
+		n, _ := strconv.Atoi(fields[field-3])
+		return n
+	}
+	s.parent = at(4)
+	s.own = time.Duration(at(14)+at(15)) * tick
+	s.reaped = time.Duration(at(16)+at(17)) * tick
+	return s
+}
+
+// descendants are the children of a process, and theirs.
+func descendants(pid int) []stat {
+	paths, _ := filepath.Glob("/proc/[0-9]*/stat")
+	children := make(map[int][]stat)
+	for _, path := range paths {
+		if b, err := os.ReadFile(path); err == nil { // else it has just ended
+			s := parseStat(string(b))
+			children[s.parent] = append(children[s.parent], s)
+		}
+	}
+	var found []stat
+	for next := []int{pid}; len(next) > 0; next = next[1:] {
+		for _, c := range children[next[0]] {
+			found = append(found, c)
+			next = append(next, c.pid)
+		}
+	}
+	return found
+}

@@ -1,0 +1,159 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"text/tabwriter"
+)
+
+// Pair is one round of one workload.
+type Pair struct {
+	Direct Figure `json:"direct"`
+	Broker Figure `json:"broker"`
+}
+
+// Measured is a workload and all its rounds.
+type Measured struct {
+	workload
+	Rounds []Pair `json:"rounds"`
+}
+
+// Report is what was measured, and where.
+type Report struct {
+	Cores     int        `json:"cores"`
+	CPU       string     `json:"cpu"`
+	Platform  string     `json:"platform"`
+	Go        string     `json:"go"`
+	Commit    string     `json:"commit"`
+	Load      string     `json:"load_average"` // of the last minute, at the start
+	Duration  string     `json:"duration"`
+	Tokens    int        `json:"tokens"`
+	Workloads []Measured `json:"workloads"`
+}
+
+func newReport(ctx context.Context, c config) *Report {
+	r := &Report{
+		Cores: runtime.NumCPU(), CPU: cpuModel(), Platform: runtime.GOOS + "/" + runtime.GOARCH, Go: runtime.Version(),
+		Commit: commit(ctx), Load: loadAverage(), Duration: c.duration.String(), Tokens: tokens,
+	}
+	for _, w := range workloads {
+		r.Workloads = append(r.Workloads, Measured{workload: w})
+	}
+	return r
+}
+
+func cpuModel() string {
+	b, _ := os.ReadFile("/proc/cpuinfo")
+	for line := range strings.Lines(string(b)) {
+		if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+			return strings.TrimSpace(value)
+		}
+	}
+	return "unknown CPU"
+}
+
+func loadAverage() string {
+	b, _ := os.ReadFile("/proc/loadavg")
+	load, _, _ := strings.Cut(string(b), " ")
+	return load
+}
+
+// commit is what is checked out, marked if there are changes on top of it.
+func commit(ctx context.Context) string {
+	id, err := exec.CommandContext(ctx, "git", "rev-parse", "--short=12", "HEAD").Output()
+	if err != nil {
+		return "unknown"
+	}
+	mark := ""
+	if changes, err := exec.CommandContext(ctx, "git", "status", "--porcelain").Output(); err != nil || len(changes) > 0 {
+		mark = "+changes"
+	}
+	return strings.TrimSpace(string(id)) + mark
+}
+
+func (r *Report) writeJSON(w io.Writer) error {
+	encoder := json.NewEncoder(w)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(r)
+}
+
+// spread is the median of some values, and their bounds.
+type spread struct{ low, mid, high float64 }
+
+// over takes one value of each round.
+func (m *Measured) over(value func(Pair) float64) spread {
+	values := make([]float64, len(m.Rounds))
+	for i, p := range m.Rounds {
+		values[i] = value(p)
+	}
+	slices.Sort(values)
+	mid := values[len(values)/2]
+	if len(values)%2 == 0 {
+		mid = (mid + values[len(values)/2-1]) / 2
+	}
+	return spread{values[0], mid, values[len(values)-1]}
+}
+
+// text shows the values with so many digits after the point.
+func (s spread) text(digits int) string {
+	return fmt.Sprintf("%.*f (%.*f..%.*f)", digits, s.mid, digits, s.low, digits, s.high)
+}
+
+func (r *Report) writeText(w io.Writer) error {
+	out := bufio.NewWriter(w)
+	fmt.Fprintf(out, "OwnLLM, direct to the demo backend and through the broker\n\n")
+	fmt.Fprintf(out, "machine  %d cores, %s, %s, %s; load average %s at the start\n", r.Cores, r.CPU, r.Platform, r.Go, r.Load)
+	fmt.Fprintf(out, "commit   %s\n", r.Commit)
+	fmt.Fprintf(out, "run      %d rounds of %s, direct and broker in turns, %d tokens a reply; median (min..max)\n",
+		len(r.Workloads[0].Rounds), r.Duration, r.Tokens)
+
+	fmt.Fprintf(out, "\nRequests per second; the ratio is taken in each round\n\n")
+	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(table, "\tdirect\tbroker\tbroker/direct")
+	for i := range r.Workloads {
+		m := &r.Workloads[i]
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", m,
+			m.over(func(p Pair) float64 { return p.Direct.PerSecond }).text(0),
+			m.over(func(p Pair) float64 { return p.Broker.PerSecond }).text(0),
+			m.over(func(p Pair) float64 { return p.Broker.PerSecond / p.Direct.PerSecond }).text(2))
+	}
+	_ = table.Flush() // writes to out, whose error counts
+
+	fmt.Fprintf(out, "\nTime to the first token in ms, one client that streams\n\n")
+	table = tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(table, "\tdirect\tbroker\tadded")
+	lone := &r.Workloads[0]
+	for _, q := range []struct {
+		name string
+		of   func(Figure) float64
+	}{{"p50", func(f Figure) float64 { return f.FirstP50 / 1e3 }}, {"p99", func(f Figure) float64 { return f.FirstP99 / 1e3 }}} {
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", q.name,
+			lone.over(func(p Pair) float64 { return q.of(p.Direct) }).text(2),
+			lone.over(func(p Pair) float64 { return q.of(p.Broker) }).text(2),
+			lone.over(func(p Pair) float64 { return q.of(p.Broker) - q.of(p.Direct) }).text(2))
+	}
+	_ = table.Flush() // likewise
+
+	fmt.Fprintf(out, "\nCPU time in ms for each request (user and kernel); ownllm up is edge, broker, NATS and\n"+
+		"worker in one process, Postgres its children, client this program\n\n")
+	table = tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(table, "\tdirect: backend\tclient\tbroker: backend\townllm up\tPostgres\tclient")
+	for i := range r.Workloads {
+		m := &r.Workloads[i]
+		cpu := func(of func(Pair) float64) string { return fmt.Sprintf("%.3f", m.over(of).mid/1e3) }
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m,
+			cpu(func(p Pair) float64 { return p.Direct.CPUBackend }), cpu(func(p Pair) float64 { return p.Direct.CPUClient }),
+			cpu(func(p Pair) float64 { return p.Broker.CPUBackend }), cpu(func(p Pair) float64 { return p.Broker.CPUBroker }),
+			cpu(func(p Pair) float64 { return p.Broker.CPUPostgres }), cpu(func(p Pair) float64 { return p.Broker.CPUClient }))
+	}
+	_ = table.Flush() // likewise
+	return out.Flush()
+}
