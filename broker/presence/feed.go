@@ -81,7 +81,7 @@ func (f *Feed) Run(ctx context.Context) error {
 	defer echoSub.Unsubscribe() //nolint:errcheck // likewise
 
 	started := time.Now()
-	var echoed time.Time // when the last echo that came back was sent
+	echoed := started // when the last echo that came back was sent
 	hears := true
 	suspects := make(map[Suspect]time.Time)
 	tick := time.NewTicker(sweepEvery)

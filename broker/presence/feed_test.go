@@ -303,7 +303,7 @@ func TestFeedBye(t *testing.T) {
 	// What the same run still sends doesn't bring it back.
 	w.change(func() { w.say(schemas.HeartbeatSubject(tenant, "a"), schemas.AgentDraining, nil) })
 	// Heartbeats are taken in order: this one is the proof that the other was seen.
-	next := schemas.Heartbeat{Version: schemas.ProtocolVersion, Incarnation: "inc_1", State: schemas.AgentUp, Hash: "h"}
+	next := schemas.Heartbeat{Version: schemas.ProtocolVersion, Incarnation: "inc_1", State: schemas.AgentUp, Hash: "h", Inventory: inventory()}
 	if err := w.nc.Publish(schemas.HeartbeatSubject(tenant, "b"), next.Encode()); err != nil {
 		t.Fatal(err)
 	}
@@ -401,7 +401,7 @@ func TestFeedAfterPause(t *testing.T) {
 func TestFeedDropsNonsense(t *testing.T) {
 	r := newRig(t)
 	nc := r.bus.Connect("nonsense")
-	good := schemas.Heartbeat{Version: schemas.ProtocolVersion, Incarnation: "inc_1", State: schemas.AgentUp, Hash: "h"}
+	good := schemas.Heartbeat{Version: schemas.ProtocolVersion, Incarnation: "inc_1", State: schemas.AgentUp, Hash: "h", Inventory: inventory("m=ready")}
 	with := func(change func(*schemas.Heartbeat)) []byte {
 		hb := good
 		change(&hb)

@@ -143,7 +143,7 @@ func (o BackendOptions) open(ctx context.Context, env *Environment, log *slog.Lo
 			b.Close()
 		}
 		if len(names) == 0 {
-			log.Info("no inference server found on the usual ports, the demo model serves", "ports", "11434, 8000, 8080, 1234, 30000")
+			log.Info("no inference server found on the usual ports (11434, 8000, 8080, 1234, 30000), the demo model serves")
 			names = []string{demoName}
 		}
 	}
@@ -167,7 +167,7 @@ func (o BackendOptions) open(ctx context.Context, env *Environment, log *slog.Lo
 
 // config is what all backends have in common.
 func (o BackendOptions) config(key secret.String) backend.Config {
-	cfg := backend.Config{Key: backend.Secret(key.Reveal()), Slots: o.Slots}
+	cfg := backend.Config{Key: key, Slots: o.Slots}
 	if len(o.Model) > 0 {
 		cfg.Models = make(map[string]string, len(o.Model))
 		for _, m := range o.Model {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"strings"
 	"testing"
@@ -19,10 +20,12 @@ type client struct {
 	base string // with /v1
 	key  string
 	http *http.Client
+	// header is sent along with every request.
+	header http.Header
 }
 
 func newClient(base, key string) *client {
-	return &client{base, key, &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 256, DisableCompression: true}}}
+	return &client{base: base, key: key, http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 256, DisableCompression: true}}}
 }
 
 // close ends the idle connections.
@@ -50,6 +53,7 @@ func (c *client) post(ctx context.Context, path string, body []byte) (*http.Resp
 	if err != nil {
 		return nil, err
 	}
+	maps.Copy(req.Header, c.header)
 	req.Header.Set("Authorization", "Bearer "+c.key)
 	req.Header.Set("Content-Type", "application/json")
 	return c.http.Do(req)

@@ -50,7 +50,7 @@ func (b *Backend) newRequest(ctx context.Context, method, path string, body []by
 		req.Header["Idempotency-Key"] = nil
 	}
 	if b.config.Key != "" {
-		req.Header.Set("Authorization", "Bearer "+string(b.config.Key))
+		req.Header.Set("Authorization", "Bearer "+b.config.Key.Reveal())
 	}
 	otel.GetTextMapPropagator().Inject(ctx, propagation.HeaderCarrier(req.Header))
 	return req, nil

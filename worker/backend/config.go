@@ -3,28 +3,12 @@ package backend
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"net/url"
 	"slices"
 	"strings"
+
+	"github.com/ownllm/ownllm/internal/secret"
 )
-
-// Secret is a string that is never printed.
-type Secret string
-
-const redacted = "[redacted]"
-
-// String implements fmt.Stringer.
-func (Secret) String() string { return redacted }
-
-// GoString implements fmt.GoStringer.
-func (Secret) GoString() string { return redacted }
-
-// MarshalText implements encoding.TextMarshaler.
-func (Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }
-
-// LogValue implements slog.LogValuer.
-func (Secret) LogValue() slog.Value { return slog.StringValue(redacted) }
 
 // Config says where an inference server is, and what it can't tell itself.
 type Config struct {
@@ -32,7 +16,7 @@ type Config struct {
 	// scheme it is http.
 	URL string
 	// Key is the server's own API key, sent as a bearer token; or empty.
-	Key Secret
+	Key secret.String
 	// Slots is how many requests the server runs at once, 0 for what it tells itself.
 	Slots int
 	// Models, if it isn't empty, lists the models to offer: the server's own id, and

@@ -32,10 +32,10 @@ func (n *instancer) instance(schema gjson.Result) string {
 // or costs too much, it gets null.
 func (n *instancer) append(dst []byte, schema gjson.Result, depth int) []byte {
 	const deepest, longest = 32, 64 << 10
-	n.budget -= len(schema.Raw) + 64
-	if depth > deepest || len(dst) > longest || n.budget < 0 {
+	if depth > deepest || len(dst) > longest || n.budget <= 0 {
 		return append(dst, "null"...)
 	}
+	n.budget -= len(schema.Raw) + 64
 	if ref := schema.Get(`\$ref`); ref.Exists() {
 		return n.append(dst, resolve(ref.Str, n.root), depth+1)
 	}

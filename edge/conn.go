@@ -1,0 +1,125 @@
+package edge
+
+import (
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// writeWait is how long a client may take nothing of what is sent to it, and
+	// writePiece how much is sent at once, in bytes.
+	writeWait  = 60 * time.Second
+	writePiece = 256 << 10
+	// lingerWait and lingerBytes bound what is taken in of a body that nobody wants.
+	lingerWait  = 3 * time.Second
+	lingerBytes = 64 << 20
+)
+
+// listener hands out connections that end well, and knows those that are open.
+type listener struct {
+	net.Listener
+	writeWait time.Duration
+
+	lingering sync.WaitGroup
+
+	mu   sync.Mutex
+	open map[*conn]struct{}
+}
+
+func newListener(l net.Listener) *listener {
+	return &listener{Listener: l, writeWait: writeWait, open: make(map[*conn]struct{})}
+}
+
+// Accept implements net.Listener.
+func (l *listener) Accept() (net.Conn, error) {
+	nc, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	tcp, ok := nc.(*net.TCPConn)
+	if !ok {
+		return nc, nil
+	}
+	c := &conn{TCPConn: tcp, l: l}
+	l.mu.Lock()
+	l.open[c] = struct{}{}
+	l.mu.Unlock()
+	return c, nil
+}
+
+// breakOff closes the connections that are still open, without a word.
+func (l *listener) breakOff() {
+	l.mu.Lock()
+	open := make([]*conn, 0, len(l.open))
+	for c := range l.open {
+		open = append(open, c)
+	}
+	l.mu.Unlock()
+	for _, c := range open {
+		_ = c.TCPConn.Close()
+	}
+}
+
+// conn is the connection of a client, under TLS or not. The server sets no deadline
+// for writes, since a stream may last for long; here each write has one, so that a
+// client that has stopped reading doesn't hold a goroutine and a reply for ever.
+type conn struct {
+	*net.TCPConn
+	l      *listener
+	closed atomic.Bool
+	// unread says that the request was answered before all of it was read.
+	unread atomic.Bool
+}
+
+// Write implements net.Conn.
+func (c *conn) Write(p []byte) (n int, err error) {
+	for {
+		if err := c.SetWriteDeadline(time.Now().Add(c.l.writeWait)); err != nil {
+			return n, err
+		}
+		m, err := c.TCPConn.Write(p[n:min(len(p), n+writePiece)])
+		n += m
+		if err != nil || n == len(p) {
+			return n, err
+		}
+	}
+}
+
+// Close implements net.Conn. To close a socket that has unread input resets the
+// connection, and the client may lose the answer that is on its way to it. So what it
+// still sends is taken in for a while.
+func (c *conn) Close() error {
+	if c.closed.Swap(true) {
+		return net.ErrClosed
+	}
+	if !c.unread.Load() || c.CloseWrite() != nil {
+		return c.end()
+	}
+	c.l.lingering.Go(func() {
+		if c.SetReadDeadline(time.Now().Add(lingerWait)) == nil {
+			_, _ = io.CopyN(io.Discard, c.TCPConn, lingerBytes)
+		}
+		_ = c.end()
+	})
+	return nil
+}
+
+func (c *conn) end() error {
+	c.l.mu.Lock()
+	delete(c.l.open, c)
+	c.l.mu.Unlock()
+	return c.TCPConn.Close()
+}
+
+// linger says that a request on the connection is answered without being read whole.
+func linger(nc net.Conn, unread bool) {
+	if t, ok := nc.(interface{ NetConn() net.Conn }); ok {
+		nc = t.NetConn()
+	}
+	if c, ok := nc.(*conn); ok {
+		c.unread.Store(unread)
+	}
+}
