@@ -23,10 +23,9 @@ type listener struct {
 	net.Listener
 	writeWait time.Duration
 
-	lingering sync.WaitGroup
-
 	mu   sync.Mutex
 	open map[*conn]struct{}
+	last chan struct{} // closed when none is open any more; nil: nobody waits for that
 }
 
 func newListener(l net.Listener) *listener {
@@ -50,16 +49,34 @@ func (l *listener) Accept() (net.Conn, error) {
 	return c, nil
 }
 
-// breakOff closes the connections that are still open, without a word.
-func (l *listener) breakOff() {
+// finish waits until all connections are closed, and closes those that are still open
+// after a while, without a word. It is called once, when nothing is accepted any more.
+func (l *listener) finish() {
 	l.mu.Lock()
-	open := make([]*conn, 0, len(l.open))
+	if len(l.open) == 0 {
+		l.mu.Unlock()
+		return
+	}
+	last := make(chan struct{})
+	l.last = last
+	l.mu.Unlock()
+	timer := time.NewTimer(lingerWait)
+	defer timer.Stop()
+	select {
+	case <-last:
+		return
+	case <-timer.C:
+	}
+	l.mu.Lock()
 	for c := range l.open {
-		open = append(open, c)
+		_ = c.TCPConn.Close()
 	}
 	l.mu.Unlock()
-	for _, c := range open {
-		_ = c.TCPConn.Close()
+	// Whoever served them ends now, but for one who is stuck somewhere else.
+	timer.Reset(lingerWait)
+	select {
+	case <-last:
+	case <-timer.C:
 	}
 }
 
@@ -98,20 +115,25 @@ func (c *conn) Close() error {
 	if !c.unread.Load() || c.CloseWrite() != nil {
 		return c.end()
 	}
-	c.l.lingering.Go(func() {
+	go func() { // ends within lingerWait, and finish waits for it
 		if c.SetReadDeadline(time.Now().Add(lingerWait)) == nil {
 			_, _ = io.CopyN(io.Discard, c.TCPConn, lingerBytes)
 		}
 		_ = c.end()
-	})
+	}()
 	return nil
 }
 
 func (c *conn) end() error {
+	err := c.TCPConn.Close()
 	c.l.mu.Lock()
+	defer c.l.mu.Unlock()
 	delete(c.l.open, c)
-	c.l.mu.Unlock()
-	return c.TCPConn.Close()
+	if len(c.l.open) == 0 && c.l.last != nil {
+		close(c.l.last)
+		c.l.last = nil
+	}
+	return err
 }
 
 // linger says that a request on the connection is answered without being read whole.

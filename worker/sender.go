@@ -35,6 +35,8 @@ type sender struct {
 	buf        []byte    // the frames that are kept, end to end
 	spoke      time.Time // when the owner last answered
 	missing    time.Time // since when the bus says that there is no owner
+	reported   time.Time // when the state of the run was last reported
+	extended   time.Time // when JetStream was last told that the job is at hand
 }
 
 // kept is a frame in sender.buf.
@@ -49,6 +51,8 @@ var errFenced = errors.New("the owner has another run for the job")
 
 const (
 	progressEvery = time.Second
+	// pumpEvery is how exact that second is.
+	pumpEvery = 50 * time.Millisecond
 	// ownerWait is how long a worker waits for an owner that the bus doesn't find: an
 	// edge that reconnects takes some hundred milliseconds.
 	ownerWait = 3 * time.Second
@@ -61,11 +65,11 @@ const (
 )
 
 func newSender(w *Worker, job *schemas.Job, ackSubject string, stop context.CancelCauseFunc) *sender {
-	id := string(schemas.NewNonce())
+	id, now := string(schemas.NewNonce()), time.Now()
 	return &sender{
 		w: w, id: id, subject: schemas.OutSubject(w.cfg.Agent, job.Owner, job.Nonce),
 		inbox: w.inbox + "." + id, stop: stop, heard: make(chan struct{}), ackSubject: ackSubject,
-		spoke: time.Now(),
+		spoke: now, reported: now, extended: now,
 	}
 }
 
@@ -231,11 +235,21 @@ func (s *sender) ownerSilent(now time.Time) {
 	}
 }
 
-// tick reports to the owner, and gives up on one that has been silent for too long
-// though the bus is there.
-func (s *sender) tick(now time.Time, connected bool) {
+// tick reports to the owner once a second, or at once if force is set, and gives up on
+// one that has been silent for too long though the bus is there. Every run has its
+// own second, so that many don't report in one burst, which would delay tokens. It
+// also keeps JetStream from delivering again what is at hand.
+func (s *sender) tick(now time.Time, connected, force bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if now.Sub(s.extended) >= bus.AckWait/3 {
+		s.extended = now
+		s.w.ack(s.ackSubject, ackProgress)
+	}
+	if !force && now.Sub(s.reported) < progressEvery {
+		return
+	}
+	s.reported = now
 	switch {
 	case !s.claimed || s.closed:
 	case !connected:
@@ -273,30 +287,22 @@ func (s *sender) awaitHeard() {
 	}
 }
 
-// pump reports on all runs once a second, and at once when the bus is back; it also
-// keeps JetStream from delivering again what is at hand.
+// pump reports on all runs, and at once when the bus is back.
 func (w *Worker) pump(ctx context.Context) error {
-	tick := time.NewTicker(progressEvery)
+	tick := time.NewTicker(pumpEvery)
 	defer tick.Stop()
-	extended := time.Now()
 	for {
+		force := false
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		case <-w.reconnected:
+			force = true
 		}
-		now := time.Now()
-		extend := now.Sub(extended) >= bus.AckWait/3
-		if extend {
-			extended = now
-		}
-		connected := w.tokens.IsConnected()
+		now, connected := time.Now(), w.tokens.IsConnected()
 		for _, r := range w.list() {
-			r.tick(now, connected)
-			if extend {
-				r.settle(ackProgress)
-			}
+			r.tick(now, connected, force)
 		}
 	}
 }

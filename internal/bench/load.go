@@ -21,14 +21,14 @@ type workload struct {
 }
 
 func (w workload) String() string {
-	kind, plural := "whole ", "s"
+	kind, plural := "whole, ", "s"
 	if w.Stream {
-		kind = "stream"
+		kind = "stream,"
 	}
 	if w.Clients == 1 {
 		plural = ""
 	}
-	return fmt.Sprintf("%s, %2d client%s", kind, w.Clients, plural)
+	return fmt.Sprintf("%s %2d client%s", kind, w.Clients, plural)
 }
 
 // workloads are what is measured.
@@ -164,7 +164,9 @@ func (s *stack) profile(ctx context.Context, dir string) error {
 			return err
 		})
 		group.Go(func() error { return save(ctx, s.ops+"/debug/pprof/profile"+seconds, filepath.Join(dir, name+".cpu")) })
-		group.Go(func() error { return save(ctx, s.ops+"/debug/pprof/allocs"+seconds, filepath.Join(dir, name+".allocs")) })
+		group.Go(func() error {
+			return save(ctx, s.ops+"/debug/pprof/allocs"+seconds, filepath.Join(dir, name+".allocs"))
+		})
 		if err := group.Wait(); err != nil {
 			return fmt.Errorf("profile %s: %w", w, err)
 		}

@@ -29,6 +29,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -46,6 +47,19 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// shared is a writer for several: the processes that are measured, and us.
+type shared struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+// Write implements io.Writer.
+func (s *shared) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.w.Write(b)
 }
 
 // run is the whole program; it returns the exit code.
@@ -70,7 +84,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "bench: it takes at least 1 round, of at least 100ms, and no arguments")
 		return 2
 	}
-	report, err := measure(ctx, c, stderr)
+	report, err := measure(ctx, c, &shared{w: stderr})
 	if err == nil {
 		if c.json {
 			err = report.writeJSON(stdout)
