@@ -115,8 +115,6 @@ const (
 	ControlCancel = "cancel"
 	// ControlInventory asks for the full heartbeat, inventory included.
 	ControlInventory = "inventory"
-	// ControlPing asks whether anybody is there.
-	ControlPing = "ping"
 )
 
 // Control is a request from an owner or a broker to a live worker.

@@ -23,10 +23,9 @@ import (
 // control subject, and if nobody is there, the bus says so at once, long before
 // StaleAfter.
 //
-// Silence says something of an agent only while this process can hear. The feed sends
-// itself an echo with every sweep, and as long as none of the last second has come back
-// it judges nobody: its own link may be dead before anybody notices, or the process was
-// stopped for a while and what it missed is still on its way.
+// Silence says something of an agent only while this process can hear, and its own link
+// can be dead for seconds before the client library notices. So the feed sends itself an
+// echo with every sweep, and judges nobody unless one of the last second has come back.
 type Feed struct {
 	nc    *nats.Conn
 	table *Table
@@ -108,7 +107,6 @@ func (f *Feed) Run(ctx context.Context) error {
 			}
 			if !hears {
 				hears = true
-				clear(suspects)
 				f.table.Excuse(now)
 			}
 			if now.Sub(started) > beat+sweepEvery {

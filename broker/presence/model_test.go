@@ -136,7 +136,8 @@ func (m *machine) Heartbeat(t *rapid.T) {
 	var ask, wantAsk bool
 	m.change(t, func() { ask = m.table.Observe(tenant, id, hb, m.now) }, func() {
 		a := m.add(tenant, id)
-		if hb.Incarnation < a.run || hb.Incarnation == a.run && a.finished {
+		zombie := hb.Incarnation < a.run && (a.here() || m.now.Before(a.seen.Add(10*time.Second)))
+		if zombie || hb.Incarnation == a.run && a.finished {
 			return
 		}
 		a.run, a.seen, a.load = hb.Incarnation, m.now, load{hb.Running, hb.Waiting, hb.Slots}

@@ -110,12 +110,13 @@ func (t *Table) agent(tenant schemas.TenantID, id schemas.AgentID) *agent {
 
 // Observe takes in a heartbeat. It reports whether the inventory of the agent is
 // unknown and has to be asked for. A heartbeat of a run that a newer one has
-// replaced changes nothing: incarnations sort by the time they were made. Nor does one
+// replaced, or that said bye, changes nothing: incarnations sort by the time they were
+// made. Nor does one
 // of a run that has said bye: an answer to an earlier question can arrive after it.
 func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas.Heartbeat, now time.Time) (ask bool) {
 	t.mu.Lock()
 	a := t.agent(tenant, id)
-	if hb.Incarnation < a.incarnation || a.bye && hb.Incarnation == a.incarnation {
+	if a.outdated(hb, now) {
 		t.mu.Unlock()
 		return false
 	}
@@ -151,6 +152,19 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 	t.mu.Unlock()
 	t.tell(gone)
 	return ask
+}
+
+// forgetAfter is how long after its last word a run still stands above older ones. An
+// older one that speaks later than that isn't a zombie, but a machine whose clock was
+// set back.
+const forgetAfter = 10 * time.Second
+
+// outdated reports whether a heartbeat is of a run that has ended or was replaced.
+func (a *agent) outdated(hb *schemas.Heartbeat, now time.Time) bool {
+	if hb.Incarnation == a.incarnation {
+		return a.bye
+	}
+	return hb.Incarnation < a.incarnation && (a.state != "" || now.Sub(a.lastSeen) < forgetAfter)
 }
 
 // Lost records that a run of an agent has ended, though it didn't say so: its

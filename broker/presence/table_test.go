@@ -113,6 +113,9 @@ func TestRoute(t *testing.T) {
 		}}, code: schemas.CodeBackendError, says: "out of memory"},
 		{name: "known from Postgres only", steps: []step{remembered("a", "m=ready")}, code: schemas.CodeAgentOffline, says: "is connected"},
 		{name: "said bye", steps: []step{up("a", "m=ready"), bye("a")}, code: schemas.CodeAgentOffline},
+		{name: "after a clock was set back", steps: []step{beat("inc_2", isUp), lost("a"), func(t *Table) {
+			t.Observe(tenant, "a", &schemas.Heartbeat{Incarnation: "inc_1", State: isUp}, t0.Add(time.Minute))
+		}}, want: []Gone{ended("inc_2")}, state: isUp, inc: "inc_1"},
 		{name: "lost", steps: []step{up("a", "m=ready"), lost("a")}, code: schemas.CodeAgentOffline},
 		{name: "silent, not stale yet", steps: []step{up("a", "m=ready"), expire(StaleAfter)}, agent: "a"},
 		{name: "stale", steps: []step{up("a", "m=ready"), expire(StaleAfter + 1)}, code: schemas.CodeAgentOffline},
@@ -471,7 +474,9 @@ func TestAgents(t *testing.T) {
 		}
 	}
 	// The list is the caller's own.
-	table.Agents(tenant)[1].Models[0].ID = "changed"
+	for _, s := range table.Agents(tenant) {
+		s.Models[0].ID = "changed"
+	}
 	if _, ok := table.Find(tenant, "m"); !ok {
 		t.Error("a caller changed the table through the list")
 	}
