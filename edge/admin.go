@@ -61,15 +61,23 @@ func (e *Edge) read(c *fiber.Ctx, v any) error {
 	if stream := c.Context().RequestBodyStream(); stream != nil {
 		body = stream
 	}
-	d := json.NewDecoder(io.LimitReader(body, adminBodyLimit))
+	bounded := &io.LimitedReader{R: body, N: adminBodyLimit + 1}
+	d := json.NewDecoder(bounded)
 	d.DisallowUnknownFields()
 	err := d.Decode(v)
+	if err == nil {
+		if _, more := d.Token(); !errors.Is(more, io.EOF) {
+			err = errors.New("more than one value")
+		}
+	}
 	var wrongType *json.UnmarshalTypeError
 	switch {
+	case bounded.N == 0:
+		return schemas.Errorf(schemas.CodeRequestTooLarge, "The body is larger than the %d bytes that an admin request may have.", adminBodyLimit)
 	case err == nil:
 		return nil
-	case errors.As(err, &wrongType):
-		return schemas.Errorf(schemas.CodeInvalidValue, "%s has to be of type %s.", wrongType.Field, wrongType.Type).WithParam(wrongType.Field)
+	case errors.As(err, &wrongType) && wrongType.Field != "":
+		return schemas.Errorf(schemas.CodeInvalidValue, "%s can't be a JSON %s.", wrongType.Field, wrongType.Value).WithParam(wrongType.Field)
 	case strings.HasPrefix(err.Error(), "json: unknown field "):
 		name := strings.Trim(strings.TrimPrefix(err.Error(), "json: unknown field "), `"`)
 		return schemas.Errorf(schemas.CodeInvalidValue, "There is no field %q.", name).WithParam(name)

@@ -19,7 +19,7 @@ const operationChat = "chat"
 // chat answers POST /v1/chat/completions.
 func (e *Edge) chat(c *fiber.Ctx) error {
 	in := callOf(c)
-	ctx, span := e.Tracer.Serve(trace.Extract(c.UserContext(), traceHeader(c)), in.method, "/v1/chat/completions")
+	ctx, span := e.Tracer.Serve(trace.Extract(c.UserContext(), traceHeader(c)), in.method, chatPath)
 	c.SetUserContext(ctx)
 
 	req, model, err := e.admit(ctx, c, in)
@@ -52,7 +52,7 @@ func (e *Edge) admit(ctx context.Context, c *fiber.Ctx, in *call) (dispatch.Requ
 	if err != nil {
 		return none, schemas.Model{}, err
 	}
-	body, err := e.readBody(c)
+	body, err := e.readBody(c, in)
 	if err != nil {
 		return none, schemas.Model{}, err
 	}
@@ -108,7 +108,7 @@ func (w *watched) end(err *schemas.Error) {
 	var cause error
 	code := metric.CodeOK
 	switch {
-	case err == nil && !w.over && w.stream, err == errClientGone: //nolint:errorlint // this very one
+	case err == nil && !w.over && w.stream, err == errClientGone:
 		code = metric.CodeClientGone
 	case err != nil:
 		code, cause = err.Code, err

@@ -18,22 +18,26 @@ const (
 	lingerBytes = 64 << 20
 )
 
-// listener hands out connections that end well, and knows those that are open.
-type listener struct {
-	net.Listener
+// clients are the connections of clients that are open.
+type clients struct {
+	mu        sync.Mutex
+	open      map[*conn]struct{}
+	last      chan struct{} // closed when none is open any more; nil: nobody waits for that
 	writeWait time.Duration
-
-	mu   sync.Mutex
-	open map[*conn]struct{}
-	last chan struct{} // closed when none is open any more; nil: nobody waits for that
 }
 
-func newListener(l net.Listener) *listener {
-	return &listener{Listener: l, writeWait: writeWait, open: make(map[*conn]struct{})}
+func newClients() *clients {
+	return &clients{open: make(map[*conn]struct{}), writeWait: writeWait}
+}
+
+// listener hands out connections of clients.
+type listener struct {
+	net.Listener
+	clients *clients
 }
 
 // Accept implements net.Listener.
-func (l *listener) Accept() (net.Conn, error) {
+func (l listener) Accept() (net.Conn, error) {
 	nc, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
@@ -42,24 +46,28 @@ func (l *listener) Accept() (net.Conn, error) {
 	if !ok {
 		return nc, nil
 	}
-	c := &conn{TCPConn: tcp, l: l}
-	l.mu.Lock()
-	l.open[c] = struct{}{}
-	l.mu.Unlock()
-	return c, nil
+	return l.clients.add(tcp), nil
+}
+
+func (cs *clients) add(tcp *net.TCPConn) *conn {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c := &conn{TCPConn: tcp, clients: cs, writeWait: cs.writeWait}
+	cs.open[c] = struct{}{}
+	return c
 }
 
 // finish waits until all connections are closed, and closes those that are still open
 // after a while, without a word. It is called once, when nothing is accepted any more.
-func (l *listener) finish() {
-	l.mu.Lock()
-	if len(l.open) == 0 {
-		l.mu.Unlock()
+func (cs *clients) finish() {
+	cs.mu.Lock()
+	if len(cs.open) == 0 {
+		cs.mu.Unlock()
 		return
 	}
 	last := make(chan struct{})
-	l.last = last
-	l.mu.Unlock()
+	cs.last = last
+	cs.mu.Unlock()
 	timer := time.NewTimer(lingerWait)
 	defer timer.Stop()
 	select {
@@ -67,11 +75,11 @@ func (l *listener) finish() {
 		return
 	case <-timer.C:
 	}
-	l.mu.Lock()
-	for c := range l.open {
+	cs.mu.Lock()
+	for c := range cs.open {
 		_ = c.TCPConn.Close()
 	}
-	l.mu.Unlock()
+	cs.mu.Unlock()
 	// Whoever served them ends now, but for one who is stuck somewhere else.
 	timer.Reset(lingerWait)
 	select {
@@ -85,8 +93,9 @@ func (l *listener) finish() {
 // client that has stopped reading doesn't hold a goroutine and a reply for ever.
 type conn struct {
 	*net.TCPConn
-	l      *listener
-	closed atomic.Bool
+	clients   *clients
+	writeWait time.Duration
+	closed    atomic.Bool
 	// unread says that the request was answered before all of it was read.
 	unread atomic.Bool
 }
@@ -94,7 +103,7 @@ type conn struct {
 // Write implements net.Conn.
 func (c *conn) Write(p []byte) (n int, err error) {
 	for {
-		if err := c.SetWriteDeadline(time.Now().Add(c.l.writeWait)); err != nil {
+		if err := c.SetWriteDeadline(time.Now().Add(c.writeWait)); err != nil {
 			return n, err
 		}
 		m, err := c.TCPConn.Write(p[n:min(len(p), n+writePiece)])
@@ -126,12 +135,12 @@ func (c *conn) Close() error {
 
 func (c *conn) end() error {
 	err := c.TCPConn.Close()
-	c.l.mu.Lock()
-	defer c.l.mu.Unlock()
-	delete(c.l.open, c)
-	if len(c.l.open) == 0 && c.l.last != nil {
-		close(c.l.last)
-		c.l.last = nil
+	c.clients.mu.Lock()
+	defer c.clients.mu.Unlock()
+	delete(c.clients.open, c)
+	if len(c.clients.open) == 0 && c.clients.last != nil {
+		close(c.clients.last)
+		c.clients.last = nil
 	}
 	return err
 }

@@ -18,7 +18,10 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime/debug"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -81,7 +84,9 @@ type Edge struct {
 	app      *fiber.App
 	failures *failures
 	watch    *watcher
+	clients  *clients
 	draining atomic.Bool
+	ready    readiness
 }
 
 const (
@@ -96,7 +101,7 @@ const (
 // New returns an edge that isn't listening yet.
 func New(cfg Config, parts Parts) *Edge {
 	e := &Edge{
-		Parts: parts, cfg: cfg, watch: newWatcher(),
+		Parts: parts, cfg: cfg, watch: newWatcher(), clients: newClients(),
 		failures: newFailures(cfg.FailureRate, cfg.FailureBurst),
 	}
 	e.app = fiber.New(fiber.Config{
@@ -116,11 +121,13 @@ func New(cfg Config, parts Parts) *Edge {
 	})
 	server := e.app.Server()
 	server.CloseOnShutdown = true
+	server.HeaderReceived = e.onHeaders
+	server.ExpectHandler = e.onExpect
 	// Fiber answers an unknown method in plain text, before any handler of ours.
 	route := server.Handler
 	server.Handler = func(ctx *fasthttp.RequestCtx) {
 		if !knownMethod(string(ctx.Method())) {
-			refuseMethod(ctx)
+			e.refuseMethod(ctx)
 			return
 		}
 		route(ctx)
@@ -129,11 +136,22 @@ func New(cfg Config, parts Parts) *Edge {
 	return e
 }
 
+const chatPath = "/v1/chat/completions"
+
 func (e *Edge) routes() {
-	e.app.Use(e.begin, recover.New())
+	e.app.Use(e.begin, recover.New(recover.Config{
+		EnableStackTrace: true,
+		StackTraceHandler: func(c *fiber.Ctx, what any) {
+			e.Log.ErrorContext(c.UserContext(), "panic", "request", callOf(c).id, "error", what, "stack", string(debug.Stack()))
+		},
+	}))
 	if len(e.cfg.CORSOrigins) > 0 {
+		origins := strings.Join(e.cfg.CORSOrigins, ",")
+		if slices.Contains(e.cfg.CORSOrigins, "*") {
+			origins = "*" // the middleware takes it only alone
+		}
 		e.app.Use(cors.New(cors.Config{
-			AllowOrigins:  strings.Join(e.cfg.CORSOrigins, ","),
+			AllowOrigins:  origins,
 			AllowMethods:  "GET,POST,PUT,DELETE,OPTIONS",
 			ExposeHeaders: "X-Request-Id,Retry-After,X-Should-Retry",
 			MaxAge:        600,
@@ -141,7 +159,7 @@ func (e *Edge) routes() {
 	}
 	e.app.Get("/healthz", e.healthz)
 	e.app.Get("/readyz", e.readyz)
-	e.app.Post("/v1/chat/completions", e.chat)
+	e.app.Post(chatPath, e.chat)
 	e.app.Get("/v1/models", e.listModels)
 	e.app.Get("/v1/models/*", e.getModel)
 	e.adminRoutes()
@@ -151,6 +169,7 @@ func (e *Edge) routes() {
 // connections, lets running replies finish within cfg.Drain, ends the others with an
 // error that says so, and returns.
 func (e *Edge) Serve(ctx context.Context, l net.Listener) error {
+	l = listener{l, e.clients}
 	if e.cfg.CertFile != "" {
 		cert, err := tls.LoadX509KeyPair(e.cfg.CertFile, e.cfg.KeyFile)
 		if err != nil {
@@ -172,32 +191,50 @@ func (e *Edge) Serve(ctx context.Context, l net.Listener) error {
 	case <-ctx.Done():
 		err = errors.Join(e.shutdown(ctx), <-served)
 	}
+	e.clients.finish()
 	stopWatching()
 	<-watched
 	return err
 }
 
-// lastWords is how long replies that are ended by the drain have to say so.
-const lastWords = 3 * time.Second
+const (
+	// lastWords is how long replies that are ended by the drain have to say so.
+	lastWords = 3 * time.Second
+	// interruptEvery is how often they are looked for: one may be between two attempts.
+	interruptEvery = 100 * time.Millisecond
+)
 
 func (e *Edge) shutdown(ctx context.Context) error {
 	e.draining.Store(true)
-	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.cfg.Drain)
+	// fasthttp must not be asked twice: it would let idle connections go on in between,
+	// and the second time doesn't wait.
+	all, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.cfg.Drain+lastWords)
 	defer cancel()
-	if err := e.app.ShutdownWithContext(drain); err == nil {
-		return nil
+	stopped := make(chan error, 1)
+	go func() { stopped <- e.app.ShutdownWithContext(all) }()
+	timer := time.NewTimer(e.cfg.Drain)
+	defer timer.Stop()
+	for warned := false; ; {
+		select {
+		case err := <-stopped:
+			if err != nil {
+				return fmt.Errorf("shut the edge down: %w", err)
+			}
+			return nil
+		case <-timer.C:
+			if n := e.Dispatcher.Active(); n > 0 && !warned {
+				warned = true
+				e.Log.WarnContext(ctx, "drain time is over, replies are ended", "active", n)
+			}
+			e.Dispatcher.InterruptAll(errShuttingDown)
+			timer.Reset(interruptEvery)
+		}
 	}
-	// fasthttp leaves the streams that are still open running; each has to be ended.
-	e.Log.Warn("drain time is over, replies are ended", "active", e.Dispatcher.Active())
-	e.Dispatcher.InterruptAll(schemas.Errorf(schemas.CodeInternalError,
-		"This server is shutting down. Send the request again."))
-	final, cancelFinal := context.WithTimeout(context.WithoutCancel(ctx), lastWords)
-	defer cancelFinal()
-	if err := e.app.ShutdownWithContext(final); err != nil {
-		return fmt.Errorf("shut the edge down: %w", err)
-	}
-	return nil
 }
+
+// errShuttingDown ends the replies that the drain doesn't wait for.
+var errShuttingDown = schemas.Errorf(schemas.CodeInternalError,
+	"This server is shutting down. Send the request again.").WithRetryAfter(time.Second)
 
 func knownMethod(m string) bool {
 	switch m {
@@ -228,17 +265,23 @@ type Readiness struct {
 	Draining bool   `json:"draining"`
 }
 
-// pingWait bounds the question to Postgres.
-const pingWait = time.Second
+const (
+	// pingWait bounds the question to Postgres, and readyFor is how long an answer does:
+	// anybody may ask.
+	pingWait = time.Second
+	readyFor = 250 * time.Millisecond
+)
+
+// readiness is what was last found out.
+type readiness struct {
+	mu       sync.Mutex // held while Postgres is asked
+	at       time.Time
+	postgres string
+}
 
 // Readiness asks what the edge depends on.
 func (e *Edge) Readiness(ctx context.Context) Readiness {
-	r := Readiness{Postgres: "ok", NATS: "ok", Draining: e.draining.Load()}
-	ping, cancel := context.WithTimeout(ctx, pingWait)
-	defer cancel()
-	if err := e.Books.Ping(ping); err != nil {
-		r.Postgres = "down"
-	}
+	r := Readiness{Postgres: e.postgres(ctx), NATS: "ok", Draining: e.draining.Load()}
 	switch {
 	case !e.Feed.Connected():
 		r.NATS = "down"
@@ -247,4 +290,21 @@ func (e *Edge) Readiness(ctx context.Context) Readiness {
 	}
 	r.Ready = r.Postgres == "ok" && r.NATS == "ok" && !r.Draining
 	return r
+}
+
+func (e *Edge) postgres(ctx context.Context) string {
+	e.ready.mu.Lock()
+	defer e.ready.mu.Unlock()
+	if time.Since(e.ready.at) < readyFor {
+		return e.ready.postgres
+	}
+	// Others want the answer, too, so one who leaves must not spoil it.
+	ping, cancel := context.WithTimeout(context.WithoutCancel(ctx), pingWait)
+	defer cancel()
+	e.ready.postgres = "ok"
+	if err := e.Books.Ping(ping); err != nil {
+		e.ready.postgres = "down"
+	}
+	e.ready.at = time.Now()
+	return e.ready.postgres
 }

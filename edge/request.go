@@ -29,6 +29,8 @@ type call struct {
 	method   string
 	addr     netip.Addr
 	conn     net.Conn
+	// read says that the body was read to its end.
+	read bool
 	// streaming says that the reply outlives its handler, and is counted at its end.
 	streaming bool
 }
@@ -54,34 +56,52 @@ func (e *Edge) begin(c *fiber.Ctx) error {
 func callOf(c *fiber.Ctx) *call {
 	in, ok := c.Locals(callKey).(*call)
 	if !ok { // the request failed before any handler saw it
-		return &call{received: time.Now()}
+		return &call{received: time.Now(), addr: peer(c.Context()), conn: c.Context().Conn()}
 	}
 	return in
 }
 
+// peer is the address at the other end of the connection.
+func peer(ctx *fasthttp.RequestCtx) netip.Addr {
+	addr, _ := netip.AddrFromSlice(ctx.RemoteIP())
+	return addr.Unmap()
+}
+
 // clientAddr is the address of the client: the peer's, or, if that is a trusted
 // proxy, the last one in X-Forwarded-For that isn't. Earlier ones are whatever the
-// client wrote.
+// client wrote, be it in the same header or in one before it.
 func (e *Edge) clientAddr(c *fiber.Ctx) netip.Addr {
-	peer, ok := netip.AddrFromSlice(c.Context().RemoteIP())
-	if !ok {
-		return netip.Addr{}
-	}
-	peer = peer.Unmap()
+	peer := peer(c.Context())
 	if !e.trusted(peer) {
 		return peer
 	}
-	hops := strings.Split(c.Get(fiber.HeaderXForwardedFor), ",")
-	for i := len(hops) - 1; i >= 0; i-- {
-		addr, err := netip.ParseAddr(strings.TrimSpace(hops[i]))
-		if err != nil {
-			break
-		}
-		if addr = addr.Unmap(); !e.trusted(addr) {
-			return addr
+	headers := c.Request().Header.PeekAll(fiber.HeaderXForwardedFor)
+	for i := len(headers) - 1; i >= 0; i-- {
+		hops := strings.Split(string(headers[i]), ",")
+		for j := len(hops) - 1; j >= 0; j-- {
+			addr, ok := hop(strings.TrimSpace(hops[j]))
+			if !ok {
+				return peer
+			}
+			if !e.trusted(addr) {
+				return addr
+			}
 		}
 	}
 	return peer
+}
+
+// hop reads an address of X-Forwarded-For. Some proxies add the port.
+func hop(s string) (netip.Addr, bool) {
+	addr, err := netip.ParseAddr(s)
+	if err != nil {
+		withPort, err := netip.ParseAddrPort(s)
+		if err != nil {
+			return netip.Addr{}, false
+		}
+		addr = withPort.Addr()
+	}
+	return addr.Unmap(), true
 }
 
 func (e *Edge) trusted(a netip.Addr) bool {
@@ -101,19 +121,23 @@ func (e *Edge) authenticate(ctx context.Context, c *fiber.Ctx, in *call) (books.
 	if err != nil {
 		return books.Identity{}, err
 	}
-	slug := e.slug(c.Hostname())
+	slug := e.slug(e.host(c))
 	if e.failures.exhausted(in.addr, in.received) {
 		if id, ok := e.Keys.Cached(key, slug); ok {
 			return id, nil
 		}
 		return books.Identity{}, errTooManyFailures()
 	}
-	id, err := e.Keys.Authenticate(ctx, key, slug)
-	var known *schemas.Error
-	if err != nil && !errors.As(err, &known) || known != nil && known.Code == schemas.CodeInternalError {
-		e.Log.ErrorContext(ctx, "key not checked", "request", in.id, "error", err)
+	return e.Keys.Authenticate(ctx, key, slug)
+}
+
+// host is the name by which the client called this server.
+func (e *Edge) host(c *fiber.Ctx) string {
+	if name := c.Get(fiber.HeaderXForwardedHost); name != "" && e.trusted(peer(c.Context())) {
+		name, _, _ = strings.Cut(name, ",")
+		return strings.TrimSpace(name)
 	}
-	return id, err
+	return string(c.Request().Host())
 }
 
 // slug is the tenant that a host name stands for, or empty if it stands for none.
@@ -124,7 +148,8 @@ func (e *Edge) slug(host string) string {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	slug, ok := strings.CutSuffix(strings.ToLower(host), "."+strings.ToLower(e.cfg.BaseDomain))
+	host = strings.TrimSuffix(strings.ToLower(host), ".")
+	slug, ok := strings.CutSuffix(host, "."+strings.ToLower(e.cfg.BaseDomain))
 	if !ok {
 		return ""
 	}
@@ -132,7 +157,7 @@ func (e *Edge) slug(host string) string {
 }
 
 // readBody reads the body of a request into memory of its own.
-func (e *Edge) readBody(c *fiber.Ctx) (string, error) {
+func (e *Edge) readBody(c *fiber.Ctx, in *call) (string, error) {
 	limit := e.cfg.BodyLimit
 	tooLarge := schemas.Errorf(schemas.CodeRequestTooLarge,
 		"The body is larger than the %d bytes that this server takes.", limit)
@@ -143,8 +168,12 @@ func (e *Edge) readBody(c *fiber.Ctx) (string, error) {
 	if encoding := c.Get(fiber.HeaderContentEncoding); encoding != "" && !strings.EqualFold(encoding, "identity") {
 		return "", schemas.Errorf(schemas.CodeInvalidJSON, "The body is encoded as %q; send it unencoded.", encoding)
 	}
+	if c.Get(headerRefused) != "" { // the key has become valid this very moment
+		return "", schemas.Errorf(schemas.CodeInternalError, "The request was refused before it was read. Send it again.").WithRetryAfter(time.Second)
+	}
 	stream := c.Context().RequestBodyStream()
 	if stream == nil {
+		in.read = true
 		return string(c.Request().Body()), nil
 	}
 	var body strings.Builder
@@ -158,6 +187,7 @@ func (e *Edge) readBody(c *fiber.Ctx) (string, error) {
 	case err != nil:
 		return "", schemas.Errorf(schemas.CodeInvalidJSON, "The body ended early: %d bytes of it came.", n)
 	}
+	in.read = true
 	return body.String(), nil
 }
 
@@ -172,16 +202,22 @@ func (e *Edge) fail(c *fiber.Ctx, err error) error {
 	// look the same.
 	switch status := known.Status(); {
 	case status == 400 || status == 401 || status == 404 || status == 405 || status == 413:
+		e.failures.allow(anybody, in.received)
 		if !e.failures.allow(in.addr, in.received) {
 			known = errTooManyFailures()
 		}
-	case status == 500:
+	case status == 500 && err != errClientGone: //nolint:errorlint // this very one
 		e.Log.ErrorContext(c.UserContext(), "request failed", "request", in.id, "error", err)
 	}
 	trace.End(oteltrace.SpanFromContext(c.UserContext()), known)
 	if in.id != "" { // else it never began
-		e.Metrics.RequestEnded(c.UserContext(), operation(c), known.Code)
+		code := known.Code
+		if err == errClientGone { //nolint:errorlint // this very one
+			code = metric.CodeClientGone
+		}
+		e.Metrics.RequestEnded(c.UserContext(), operation(c), code)
 	}
+	linger(in.conn, !in.read && (in.id == "" || c.Request().Header.ContentLength() != 0))
 	writeError(c.Response(), known)
 	if e.Log.Enabled(c.UserContext(), slog.LevelDebug) {
 		e.Log.DebugContext(c.UserContext(), "request refused", "request", in.id, "code", known.Code, "status", known.Status())
@@ -207,6 +243,8 @@ func (e *Edge) translate(c *fiber.Ctx, err error) *schemas.Error {
 		return schemas.Errorf(schemas.CodeRequestTooLarge, "The body is larger than the %d bytes that this server takes.", e.cfg.BodyLimit)
 	case fiber.StatusRequestHeaderFieldsTooLarge:
 		return schemas.Errorf(schemas.CodeRequestTooLarge, "The headers are larger than the %d bytes that this server takes.", headerLimit)
+	case fiber.StatusRequestTimeout:
+		return schemas.Errorf(schemas.CodeInvalidValue, "The request didn't come within %s.", readTimeout)
 	case fiber.StatusInternalServerError:
 		return schemas.AsError(err)
 	}
@@ -231,15 +269,22 @@ func writeError(resp *fasthttp.Response, err *schemas.Error) {
 	resp.SetBody(append(err.AppendJSON(nil), '\n'))
 }
 
-func refuseMethod(ctx *fasthttp.RequestCtx) {
+// refuseMethod answers a request with a method that no route can have.
+func (e *Edge) refuseMethod(ctx *fasthttp.RequestCtx) {
+	err := schemas.Errorf(schemas.CodeMethodNotAllowed, "This server doesn't know the method that you used.")
+	if !e.failures.allow(peer(ctx), time.Now()) {
+		err = errTooManyFailures()
+	}
+	linger(ctx.Conn(), ctx.Request.Header.ContentLength() != 0)
 	ctx.Response.Header.Set("X-Request-Id", string(schemas.NewRequestID()))
-	writeError(&ctx.Response, schemas.Errorf(schemas.CodeMethodNotAllowed, "This server doesn't know the method that you used."))
+	ctx.Response.Header.Set(fiber.HeaderAllow, "GET, HEAD, POST, OPTIONS")
+	writeError(&ctx.Response, err)
 }
 
 // operation names what a request does, in metrics.
 func operation(c *fiber.Ctx) string {
 	switch path := c.Path(); {
-	case path == "/v1/chat/completions":
+	case path == chatPath:
 		return operationChat
 	case strings.HasPrefix(path, "/v1/models"):
 		return "models"

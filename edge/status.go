@@ -54,7 +54,7 @@ func (e *Edge) agents(ctx context.Context, tenant schemas.TenantID) []adminapi.A
 			w.Models = append(w.Models, adminapi.AgentModel{
 				ID: m.ID, State: m.State, Backend: m.Backend, Capabilities: m.Capabilities, Detail: m.Detail,
 				ContextWindow: m.ContextWindow, SizeMB: m.SizeMB,
-				Queued: int(queued[schemas.JobSubject(a.Tenant, a.Agent, m.ID)]), //nolint:gosec // bounded by the queue
+				Queued: int(queued[schemas.JobSubject(a.Tenant, a.Agent, m.ID)]),
 			})
 		}
 		out = append(out, w)

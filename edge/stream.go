@@ -72,8 +72,28 @@ func (w *watched) sendStream(c *fiber.Ctx) error {
 	h.SetContentType("text/event-stream")
 	h.Set(fiber.HeaderCacheControl, "no-cache")
 	h.Set("X-Accel-Buffering", "no") // nginx would hold tokens back
+	if !c.Request().Header.IsHTTP11() {
+		w.sendUnframed(c)
+		return nil
+	}
 	c.Context().SetBodyStream(w, -1)
 	return nil
+}
+
+// sendUnframed streams to a client that speaks HTTP/1.0, as some proxies do unless they
+// are told otherwise. It knows no chunks, so the reply ends with the connection.
+func (w *watched) sendUnframed(c *fiber.Ctx) {
+	defer w.Close() //nolint:errcheck // never fails
+	c.Response().Header.SetContentLength(-2)
+	// fasthttp would frame it; a hijacked connection is left alone, and closed.
+	c.Context().HijackSetNoResponse(true)
+	c.Context().Hijack(func(net.Conn) {})
+	conn, buf := c.Context().Conn(), make([]byte, 4096)
+	for n, err := copy(buf, c.Response().Header.Header()), error(nil); ; n, err = w.Read(buf) {
+		if _, werr := conn.Write(buf[:n]); werr != nil || err != nil {
+			return
+		}
+	}
 }
 
 // Read implements io.Reader: it waits for the next event and hands it out as

@@ -76,7 +76,7 @@ func descriptor(conn net.Conn) (int, bool) {
 		return 0, false
 	}
 	fd := -1
-	if err := raw.Control(func(n uintptr) { fd = int(n) }); err != nil { //nolint:gosec // a descriptor is an int
+	if err := raw.Control(func(n uintptr) { fd = int(n) }); err != nil {
 		return 0, false
 	}
 	return fd, fd >= 0

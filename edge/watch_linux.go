@@ -15,7 +15,7 @@ func (w *watcher) closed() []*watchedConn {
 	fds := make([]unix.PollFd, 0, len(w.conns))
 	for c := range w.conns {
 		conns = append(conns, c)
-		fds = append(fds, unix.PollFd{Fd: int32(c.fd), Events: unix.POLLRDHUP}) //nolint:gosec // a descriptor is small
+		fds = append(fds, unix.PollFd{Fd: int32(c.fd), Events: unix.POLLRDHUP})
 	}
 	n, err := unix.Poll(fds, 0)
 	if err != nil || n == 0 { // interrupted: the next round is soon

@@ -128,7 +128,7 @@ func (p *puller) run(ctx, life context.Context, jobs *sync.WaitGroup) error {
 	if err != nil {
 		return fmt.Errorf("listen to consumer %s: %w", p.consumer, err)
 	}
-	defer sub.Unsubscribe() //nolint:errcheck // the connection may be closed already
+	defer sub.Unsubscribe()
 	request := []byte(fmt.Sprintf(`{"batch":1,"expires":%d}`, pullExpiry.Nanoseconds()))
 	subject := "$JS.API.CONSUMER.MSG.NEXT." + p.stream + "." + p.consumer
 	timer := time.NewTimer(0)

@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/schemas"
@@ -53,7 +55,7 @@ func (r *run) do(header nats.Header) {
 	defer r.cancel(nil)
 	ctx, span := r.w.cfg.Tracer.Process(r.ctx, header, r.job, false)
 	deadline := time.UnixMilli(r.job.Deadline)
-	ctx, cancel := context.WithDeadlineCause(ctx, deadline, errCancelled)
+	ctx, cancel := context.WithDeadlineCause(ctx, deadline, errLate)
 	defer cancel()
 	err := r.serve(ctx)
 	r.finish(ctx, err)
@@ -137,7 +139,7 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, prompt
 	if err != nil {
 		return err
 	}
-	defer reply.Close() //nolint:errcheck // what was read is what counts
+	defer reply.Close()
 	if !r.job.Stream {
 		whole, err := reply.Body()
 		if err != nil {
@@ -145,7 +147,7 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, prompt
 		}
 		first()
 		for len(whole) > maxPiece {
-			if err := r.chunk(whole[:maxPiece], reply.Tokens()); err != nil {
+			if err := r.chunk(ctx, whole[:maxPiece], reply.Tokens()); err != nil {
 				return err
 			}
 			whole = whole[maxPiece:]
@@ -153,7 +155,14 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, prompt
 		r.done(whole, reply.Tokens(), reply.Usage())
 		return nil
 	}
-	var lines []byte
+	buffer := lineBuffers.Get().(*[]byte) // holds nothing else
+	lines := *buffer
+	defer func() {
+		if cap(lines) <= maxPooled {
+			*buffer = lines
+			lineBuffers.Put(buffer)
+		}
+	}()
 	for {
 		lines, err = reply.Next(lines[:0])
 		if first != nil && (len(lines) > 0 || err != nil) {
@@ -168,7 +177,7 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, prompt
 			return schemas.Errorf(schemas.CodeBackendError, "The inference backend sent a chunk of %d bytes, more than the %d that can be passed on.", len(lines), maxPiece)
 		}
 		if len(lines) > 0 {
-			if sendErr := r.chunk(lines, reply.Tokens()); sendErr != nil {
+			if sendErr := r.chunk(ctx, lines, reply.Tokens()); sendErr != nil {
 				return sendErr
 			}
 		}
@@ -177,6 +186,12 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, prompt
 		}
 	}
 }
+
+// lineBuffers are what the chunks of streams are gathered in, one for each stream that
+// runs. A buffer that has grown beyond maxPooled isn't kept.
+var lineBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+const maxPooled = 256 << 10
 
 // maxPiece bounds the payload of one frame, so that it fits the bus's default limit of
 // 1 MiB for a message.
@@ -196,6 +211,14 @@ func (r *run) fetchBody(ctx context.Context) ([]byte, error) {
 		switch {
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
+		case err != nil && bus.Down(err):
+			// The bus or the owner may be back in a moment; if the owner isn't, the claim,
+			// which is repeated, ends the run.
+			select {
+			case <-time.After(fetchRetry):
+			case <-ctx.Done():
+			}
+			continue
 		case err != nil:
 			return nil, fmt.Errorf("fetch body: %w", err)
 		case len(m.Data) == 0 || len(body)+len(m.Data) > r.job.BodySize:
@@ -206,8 +229,12 @@ func (r *run) fetchBody(ctx context.Context) ([]byte, error) {
 	return body, nil
 }
 
-// fetchWait bounds the wait for one piece of a body.
-const fetchWait = 10 * time.Second
+const (
+	// fetchWait bounds the wait for one piece of a body, and fetchRetry is the pause
+	// before it is asked for again.
+	fetchWait  = 10 * time.Second
+	fetchRetry = 100 * time.Millisecond
+)
 
 // finish tells the owner how the run ended, and waits until it has heard.
 func (r *run) finish(ctx context.Context, err error) {
@@ -221,6 +248,10 @@ func (r *run) finish(ctx context.Context, err error) {
 		// echo of its end.
 		r.settle(ackTerm)
 		return
+	case errors.Is(err, errLate):
+		// An owner whose clock agrees has ended the request by itself, and only says so.
+		r.fail(schemas.Errorf(schemas.CodeAgentTimeout,
+			"By the clock of the GPU machine the request's time was up. If it wasn't, set that clock."))
 	default:
 		var e *schemas.Error
 		if !errors.As(err, &e) {

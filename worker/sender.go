@@ -21,6 +21,7 @@ type sender struct {
 	inbox   string // verdicts come there
 	stop    context.CancelCauseFunc
 	heard   chan struct{} // closed once the owner has the last frame, or wants none
+	room    chan struct{} // holds one token: the owner has taken frames
 
 	mu         sync.Mutex
 	ackSubject string // of the latest delivery
@@ -33,8 +34,11 @@ type sender struct {
 	closed     bool // heard is closed
 	kept       []kept
 	buf        []byte    // the frames that are kept, end to end
+	unasked    int       // bytes of frames sent since the last request
 	spoke      time.Time // when the owner last answered
 	missing    time.Time // since when the bus says that there is no owner
+	back       uint64    // the frame that was last gone back to
+	backAt     time.Time // and when
 	reported   time.Time // when the state of the run was last reported
 	extended   time.Time // when JetStream was last told that the job is at hand
 }
@@ -60,8 +64,14 @@ const (
 	ownerSilence = 15 * time.Second
 	// lastWordWait is how long a worker tries to bring its last frame home.
 	lastWordWait = 20 * time.Second
-	// maxKept bounds the frames that are kept for an owner that doesn't take them.
-	maxKept = 8 << 20
+	// maxKept is how many bytes of frames are kept at the most for an owner that hasn't
+	// taken them yet; then the backend has to wait. askEvery is after how many an owner is
+	// asked what it has, if a second hasn't passed before.
+	maxKept  = 8 << 20
+	askEvery = 1 << 20
+	// backEvery is how long one going back is given to succeed, before a verdict that
+	// shows the same gap causes another.
+	backEvery = 250 * time.Millisecond
 )
 
 func newSender(w *Worker, job *schemas.Job, ackSubject string, stop context.CancelCauseFunc) *sender {
@@ -94,6 +104,7 @@ func (s *sender) report() {
 	if s.granted {
 		f.Kind = schemas.FrameProgress
 	}
+	s.unasked = 0
 	b, err := schemas.AppendFrame(nil, &f)
 	if err != nil {
 		s.w.log.Error("frame not encoded", "error", err)
@@ -102,14 +113,26 @@ func (s *sender) report() {
 	s.publish(b, true)
 }
 
-// chunk sends lines of the reply. The lines may be reused once it returns.
-func (s *sender) chunk(lines []byte, tokens int) error {
+// chunk sends lines of the reply. The lines may be reused once it returns. It waits
+// for an owner that is too far behind, so that what is kept has a bound.
+func (s *sender) chunk(ctx context.Context, lines []byte, tokens int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.buf)+len(lines) > maxKept {
-		return errOwnerGone
+	for len(s.buf) > 0 && len(s.buf)+len(lines) > maxKept {
+		s.mu.Unlock()
+		select {
+		case <-s.room:
+		case <-ctx.Done():
+		}
+		s.mu.Lock()
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 	}
 	s.send(&schemas.Frame{Kind: schemas.FrameChunk, Tokens: tokens, Payload: lines})
+	if s.unasked > askEvery {
+		s.report()
+	}
 	return nil
 }
 
@@ -143,6 +166,7 @@ func (s *sender) send(f *schemas.Frame) {
 	s.buf, s.last, s.tokens, s.loading = buf, f.Seq, f.Tokens, false
 	s.terminal = f.Kind.Terminal()
 	s.kept = append(s.kept, kept{f.Seq, start, s.terminal})
+	s.unasked += len(buf) - start
 	s.publish(s.buf[start:], s.terminal)
 }
 
@@ -182,7 +206,9 @@ func (s *sender) answered(v schemas.Verdict, now time.Time) {
 		}
 		return
 	}
-	if v.Next <= v.Seq {
+	// One gap shows in every verdict until what was sent again has arrived.
+	if v.Next <= v.Seq && (v.Next != s.back || now.Sub(s.backAt) >= backEvery) {
+		s.back, s.backAt = v.Next, now
 		for i, k := range s.kept {
 			end := len(s.buf)
 			if i+1 < len(s.kept) {
@@ -204,8 +230,10 @@ func (s *sender) drop(next uint64) {
 		return
 	case len(s.kept):
 		s.kept, s.buf = s.kept[:0], s.buf[:0]
+		signal(s.room)
 		return
 	}
+	signal(s.room)
 	cut := s.kept[n].start
 	s.buf = s.buf[:copy(s.buf, s.buf[cut:])]
 	s.kept = s.kept[:copy(s.kept, s.kept[n:])]
@@ -253,7 +281,8 @@ func (s *sender) tick(now time.Time, connected, force bool) {
 	switch {
 	case !s.claimed || s.closed:
 	case !connected:
-		s.spoke = now
+		// Nobody can be heard, and who was missing before may be back.
+		s.spoke, s.missing = now, time.Time{}
 	case now.Sub(s.spoke) > ownerSilence:
 		s.close()
 		s.stop(errOwnerGone)

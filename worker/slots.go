@@ -73,6 +73,6 @@ func (s *slots) admit() {
 		first := s.waiting.Front()
 		s.waiting.Remove(first)
 		s.used++
-		close(first.Value.(chan struct{})) //nolint:forcetypeassert // only acquire fills the list
+		close(first.Value.(chan struct{})) // only acquire fills the list
 	}
 }

@@ -83,6 +83,7 @@ var (
 	errCancelled = errors.New("cancelled by the owner")
 	errOwnerGone = errors.New("the owner of the request is gone")
 	errDraining  = errors.New("the worker is shutting down")
+	errLate      = errors.New("the deadline of the request has passed")
 )
 
 // Run serves until ctx ends, then drains: it takes nothing new, finishes what it
@@ -96,12 +97,12 @@ func (w *Worker) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listen to verdicts: %w", err)
 	}
-	defer verdicts.Unsubscribe() //nolint:errcheck // the connection may be closed already
+	defer verdicts.Unsubscribe()
 	control, err := w.tokens.Subscribe(schemas.ControlSubject(w.cfg.Agent), w.control)
 	if err != nil {
 		return fmt.Errorf("listen to control: %w", err)
 	}
-	defer control.Unsubscribe() //nolint:errcheck // likewise
+	defer control.Unsubscribe()
 	w.tokens.SetReconnectHandler(func(nc *nats.Conn) {
 		w.log.Info("bus connection is back", "server", nc.ConnectedUrlRedacted())
 		signal(w.introduce)

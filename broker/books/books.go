@@ -54,7 +54,8 @@ type Config struct {
 type Store struct {
 	pool    *pgxpool.Pool
 	timeout time.Duration
-	kept    int64 // versions of the change list that are kept
+	kept    int64            // versions of the change list that are kept
+	clock   func() time.Time // the time in the books; nil: the database's own
 }
 
 // Open connects to the database and makes sure that it answers. The schema is
@@ -119,20 +120,36 @@ func (s *Store) read(ctx context.Context, what string, query func(context.Contex
 	return translate(ctx, what, err)
 }
 
-// write runs a transaction. What it reports as changed gets the next version.
-func (s *Store) write(ctx context.Context, what string, work func(context.Context, pgx.Tx) ([]Change, error)) error {
+// once runs something that must not be run again without the caller's knowing.
+func (s *Store) once(ctx context.Context, what string, work func(context.Context) error) error {
 	bounded, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
-	err := pgx.BeginFunc(bounded, s.pool, func(tx pgx.Tx) error {
-		changed, err := work(bounded, tx)
-		if err != nil || len(changed) == 0 {
-			return err
-		}
-		// Last of all, because it makes every other writer wait.
-		return s.record(bounded, tx, changed)
-	})
+	err := work(bounded)
 	if bounded.Err() == nil && unreachable(err) {
 		s.pool.Reset()
 	}
 	return translate(ctx, what, err)
+}
+
+// at is the time in the books as an argument of a query; nil stands for now().
+func (s *Store) at() *time.Time {
+	if s.clock == nil {
+		return nil
+	}
+	now := s.clock()
+	return &now
+}
+
+// write runs a transaction. What it reports as changed gets the next version.
+func (s *Store) write(ctx context.Context, what string, work func(context.Context, pgx.Tx) ([]Change, error)) error {
+	return s.once(ctx, what, func(ctx context.Context) error {
+		return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+			changed, err := work(ctx, tx)
+			if err != nil || len(changed) == 0 {
+				return err
+			}
+			// Last of all, because it makes every other writer wait.
+			return s.record(ctx, tx, changed)
+		})
+	})
 }

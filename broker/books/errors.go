@@ -25,6 +25,7 @@ var ErrNewerSchema = errors.New("the database has a newer schema than this versi
 const (
 	sqlForeignKeyViolation = "23503"
 	sqlUniqueViolation     = "23505"
+	sqlRolledBack          = "40"    // a class: another transaction was in the way
 	sqlBadText             = "22021" // not UTF-8, or a NUL
 	sqlBadUnicodeEscape    = "22P05" // a NUL in JSON
 )
@@ -81,7 +82,7 @@ func translate(ctx context.Context, what string, err error) error {
 		}
 	}
 	// %v, so that nobody can get at the driver's types.
-	if unreachable(err) {
+	if unreachable(err) || server != nil && strings.HasPrefix(server.Code, sqlRolledBack) {
 		return fmt.Errorf("%s: %w: %v", what, ErrUnavailable, err)
 	}
 	return fmt.Errorf("%s: %v", what, err)

@@ -2,6 +2,7 @@ package books
 
 import (
 	"context"
+	"time"
 
 	"github.com/pressly/goose/v3"
 )
@@ -28,3 +29,9 @@ func Query[T any](ctx context.Context, s *Store, sql string, args ...any) (v T, 
 	err = s.pool.QueryRow(ctx, sql, args...).Scan(&v)
 	return v, err
 }
+
+// SetClock makes the time in the books that of a test.
+func (s *Store) SetClock(clock func() time.Time) { s.clock = clock }
+
+// ExpireGrace is how long after its deadline a request may still be settled.
+const ExpireGrace = expireGrace

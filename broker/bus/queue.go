@@ -143,11 +143,15 @@ func (q *Queue) Delete(ctx context.Context, seq uint64) error {
 	return nil
 }
 
-// gone recognises the refusal to delete a message that isn't there, for which
-// JetStream has no code of its own.
+// gone recognises the refusal to delete a message that isn't there. JetStream has a
+// code for one between others, and none of its own for one before all others.
 func gone(err *jetstream.APIError) bool {
-	const deleteFailed jetstream.ErrorCode = 10057
-	return err.ErrorCode == deleteFailed && strings.Contains(err.Description, "no message found")
+	const (
+		notFound     jetstream.ErrorCode = 10043
+		deleteFailed jetstream.ErrorCode = 10057
+	)
+	return err.ErrorCode == notFound ||
+		err.ErrorCode == deleteFailed && strings.Contains(err.Description, "no message found")
 }
 
 // ConsumerName is the name of the durable consumer of one (agent, model). Names are
@@ -183,7 +187,7 @@ func (q *Queue) EnsureConsumer(ctx context.Context, tenant schemas.TenantID, age
 	return name, nil
 }
 
-// Depth counts the jobs of one (agent, model), queued and running together.
+// Depths counts the jobs of a tenant, queued and running together, by their subject.
 func (q *Queue) Depths(ctx context.Context, tenant schemas.TenantID) (map[string]uint64, error) {
 	stream, err := q.js.Stream(ctx, schemas.JobStream)
 	if err != nil {

@@ -94,6 +94,7 @@ type Dispatcher struct {
 	log     *slog.Logger
 
 	mu      sync.RWMutex
+	ends    uint64                   // counts the ends of agents' runs
 	replies map[schemas.Nonce]*Reply // by the nonce of the current attempt
 }
 
@@ -142,7 +143,7 @@ func (d *Dispatcher) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listen to frames: %w", err)
 	}
-	defer frames.Unsubscribe() //nolint:errcheck // the connection may be closed already
+	defer frames.Unsubscribe()
 	if err := frames.SetPendingLimits(-1, frameBacklog); err != nil {
 		return fmt.Errorf("listen to frames: %w", err)
 	}
@@ -150,7 +151,7 @@ func (d *Dispatcher) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listen to body requests: %w", err)
 	}
-	defer bodies.Unsubscribe() //nolint:errcheck // likewise
+	defer bodies.Unsubscribe()
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
 	for {
@@ -209,7 +210,7 @@ func (d *Dispatcher) frame(m *nats.Msg) {
 		d.log.Warn("frame dropped", "request", r.req.ID, "error", err)
 		return
 	}
-	if v, ok := r.take(nonce, &f, time.Now()); ok {
+	if v, ok := r.take(m.Subject, &f, time.Now()); ok {
 		d.answer(m, v)
 	}
 }
@@ -227,7 +228,7 @@ func (d *Dispatcher) answer(m *nats.Msg, v schemas.Verdict) {
 func (d *Dispatcher) body(m *nats.Msg) {
 	r := d.reply(schemas.Nonce(schemas.LastToken(m.Subject)))
 	var piece string
-	if offset, err := schemas.DecodeBodyRequest(m.Data); err == nil && r != nil && offset < len(r.req.Body) {
+	if offset, err := schemas.DecodeBodyRequest(m.Data); err == nil && r != nil && r.lends(m.Subject) && offset < len(r.req.Body) {
 		piece = r.req.Body[offset:min(offset+schemas.BodyPiece, len(r.req.Body))]
 	}
 	// An empty piece says that there is nothing: the attempt is over.
@@ -238,9 +239,18 @@ func (d *Dispatcher) body(m *nats.Msg) {
 
 // gone ends the attempts that an agent can't finish any more.
 func (d *Dispatcher) gone(g presence.Gone) {
+	d.mu.Lock()
+	d.ends++
+	d.mu.Unlock()
 	for _, r := range d.live() {
 		r.agentGone(g)
 	}
+}
+
+func (d *Dispatcher) endsSoFar() uint64 {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.ends
 }
 
 // cancel tells a worker that an attempt is over. If the word gets lost, the answer to
@@ -278,6 +288,7 @@ func (r *Reply) attempt(exclude map[schemas.AgentID]bool) error {
 	}
 	var full *schemas.Error
 	for {
+		ends := d.endsSoFar()
 		choice, err := d.agents.Route(r.req.Tenant, r.req.Model, exclude)
 		if err != nil {
 			if full != nil {
@@ -285,10 +296,11 @@ func (r *Reply) attempt(exclude map[schemas.AgentID]bool) error {
 			}
 			return err
 		}
-		err = r.publish(choice)
+		err = r.publish(choice, ends)
 		switch {
 		case err == nil:
 			return nil
+		case errors.Is(err, errChooseAgain):
 		case errors.Is(err, bus.ErrQueueFull):
 			full = schemas.Errorf(schemas.CodeQueueFull,
 				"The queue for %q is full. Try again in a few seconds.", r.req.Model).WithRetryAfter(2 * time.Second)
@@ -307,12 +319,18 @@ func (r *Reply) attempt(exclude map[schemas.AgentID]bool) error {
 	}
 }
 
-func (r *Reply) publish(choice presence.Choice) error {
+// errChooseAgain says that the agent may have gone since it was chosen.
+var errChooseAgain = errors.New("an agent has gone meanwhile")
+
+// publish puts the next attempt into the queue of the agent that was chosen. ends is
+// what endsSoFar said before the choice.
+func (r *Reply) publish(choice presence.Choice, ends uint64) error {
 	d := r.d
 	now := time.Now()
+	nonce := schemas.NewNonce()
 	a := &attempt{
-		agent: choice.Agent, incarnation: choice.Incarnation, nonce: schemas.NewNonce(),
-		published: now, next: 1,
+		agent: choice.Agent, incarnation: choice.Incarnation, nonce: nonce,
+		subject: schemas.OutSubject(choice.Agent, d.owner, nonce), published: now, next: 1,
 		series: d.metrics.Series(r.req.Operation, choice.Model.Backend, r.req.Model),
 	}
 	a.series.Queued(r.ctx)
@@ -326,15 +344,22 @@ func (r *Reply) publish(choice presence.Choice) error {
 	}
 	if len(r.req.Body) > schemas.MaxInlineBody {
 		job.BodySize = len(r.req.Body)
+		a.body = schemas.BodySubject(a.agent, d.owner, a.nonce)
 	}
 	r.attempts++
 	r.mu.Lock()
-	r.cur = a
+	r.cur, r.lost = a, false
 	r.mu.Unlock()
 	// Known before it is published: the claim can be faster than JetStream's answer.
 	d.mu.Lock()
 	d.replies[a.nonce] = r
+	changed := d.ends != ends
 	d.mu.Unlock()
+	if changed {
+		// The word of an end that came between the choice and here has missed this attempt.
+		r.retire(a)
+		return errChooseAgain
+	}
 	ctx, span := d.tracer.Send(r.ctx, &job)
 	header := make(nats.Header, 4)
 	trace.Inject(ctx, header)

@@ -47,6 +47,8 @@ type attempt struct {
 	agent       schemas.AgentID
 	incarnation schemas.Incarnation
 	nonce       schemas.Nonce
+	subject     string // of its frames
+	body        string // the subject on which its body is asked for; empty if the job holds it
 	seq         uint64 // in the stream; 0 until JetStream has answered
 	published   time.Time
 	series      *metric.Series
@@ -134,12 +136,16 @@ func (r *Reply) Next() Event {
 // else the reply ends with an error.
 func (r *Reply) failover() {
 	r.mu.Lock()
-	r.lost = false
-	a, delivered := r.cur, r.delivered
+	a := r.cur
 	r.mu.Unlock()
-	r.retire(a)
+	// Whether anything was delivered is known for good only once no frame is taken any
+	// more.
+	delivered, ended := r.retire(a)
 	r.remove(a)
-	if delivered {
+	switch {
+	case ended: // just now
+		return
+	case delivered:
 		r.end(schemas.Errorf(schemas.CodeAgentOffline,
 			"The GPU machine that was answering went away in the middle of the reply. What you have is incomplete; send the request again."))
 		return
@@ -194,24 +200,22 @@ func (r *Reply) Close() {
 	}
 }
 
-// retire forgets an attempt: frames of it fail from now on.
-func (r *Reply) retire(a *attempt) {
+// retire forgets the current attempt: frames of it fail from now on. It reports whether
+// anything of the reply was delivered before, and whether it has ended.
+func (r *Reply) retire(a *attempt) (delivered, ended bool) {
 	r.d.mu.Lock()
 	delete(r.d.replies, a.nonce)
 	r.d.mu.Unlock()
 	r.mu.Lock()
-	current, claimed := r.cur == a, a.run != ""
-	if current {
-		r.cur = nil
-	}
+	r.cur, r.lost = nil, false
+	delivered, ended = r.delivered, r.ended
+	claimed := a.run != ""
 	r.mu.Unlock()
-	if !current {
-		return
-	}
 	r.d.agents.Release(r.req.Tenant, a.agent, r.req.Model)
 	if !claimed {
 		a.series.Unqueued(r.ctx)
 	}
+	return delivered, ended
 }
 
 // removeWait bounds the removal of a job from the queue.
@@ -235,13 +239,13 @@ func (r *Reply) remove(a *attempt) {
 // take checks a frame against the current attempt and takes it in. It returns the
 // verdict, or false for a frame that isn't answered: one that came before its claim,
 // which got lost and will be sent again.
-func (r *Reply) take(nonce schemas.Nonce, f *schemas.Frame, now time.Time) (schemas.Verdict, bool) {
+func (r *Reply) take(subject string, f *schemas.Frame, now time.Time) (schemas.Verdict, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	a := r.cur
 	v := schemas.Verdict{Seq: f.Seq}
 	switch {
-	case a == nil || a.nonce != nonce:
+	case a == nil || a.subject != subject:
 		v.Reason = schemas.ReasonSuperseded
 		return v, true
 	case r.ended && r.err == nil:
@@ -270,6 +274,13 @@ func (r *Reply) take(nonce schemas.Nonce, f *schemas.Frame, now time.Time) (sche
 	// A frame that was seen is answered like one that is taken; a gap shows in Next.
 	v.Go, v.Next = true, a.next
 	return v, true
+}
+
+// lends reports whether the body of the current attempt is asked for on the subject.
+func (r *Reply) lends(subject string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.cur != nil && r.cur.body == subject
 }
 
 // accept takes in the frame whose turn it is. r.mu is held.

@@ -62,14 +62,14 @@ func (f *Feed) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listen to heartbeats: %w", err)
 	}
-	defer sub.Unsubscribe() //nolint:errcheck // the connection may be closed already
+	defer sub.Unsubscribe()
 	inbox := f.nc.NewInbox()
 	answers := make(chan *nats.Msg, 1024)
 	inboxSub, err := f.nc.ChanSubscribe(inbox+".*.*", answers)
 	if err != nil {
 		return fmt.Errorf("listen to inventories: %w", err)
 	}
-	defer inboxSub.Unsubscribe() //nolint:errcheck // likewise
+	defer inboxSub.Unsubscribe()
 
 	echo := f.nc.NewInbox()
 	echoes := make(chan *nats.Msg, 16)
@@ -77,7 +77,7 @@ func (f *Feed) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listen to echoes: %w", err)
 	}
-	defer echoSub.Unsubscribe() //nolint:errcheck // likewise
+	defer echoSub.Unsubscribe()
 
 	started := time.Now()
 	echoed := started // when the last echo that came back was sent

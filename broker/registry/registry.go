@@ -68,7 +68,7 @@ func (r *Registry) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listen to hellos: %w", err)
 	}
-	defer sub.Unsubscribe() //nolint:errcheck // the connection may be closed already
+	defer sub.Unsubscribe()
 	work, workCtx := errgroup.WithContext(ctx)
 	for range parallel {
 		work.Go(func() error {

@@ -110,7 +110,7 @@ func TestErrors(t *testing.T) {
 		case "/proxy/api/v1/status":
 			http.Error(w, "<html>bad gateway canary</html>", http.StatusBadGateway)
 		case "/other/api/v1/status":
-			reply(w.(http.ResponseWriter), []int{1})
+			reply(w, []int{1})
 		case "/html/api/v1/status":
 			fmt.Fprint(w, "<html>")
 		case "/null/api/v1/status":

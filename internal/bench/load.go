@@ -107,12 +107,13 @@ const warmUp = 300 * time.Millisecond
 
 // measure starts everything, measures all workloads in turns, and returns the report.
 func measure(ctx context.Context, c config, stderr io.Writer) (*Report, error) {
-	report := newReport(ctx, c)
+	report := newReport(c)
 	s, err := startStack(ctx, c, stderr)
 	if err != nil {
 		return nil, err
 	}
 	defer s.close()
+	report.Commit = commit(ctx, s.binary)
 	for _, w := range workloads {
 		for _, t := range []target{s.direct, s.through} {
 			if _, err := s.load(ctx, t, w, warmUp); err != nil {
@@ -185,7 +186,7 @@ func save(ctx context.Context, url, path string) error {
 	if err != nil {
 		return err
 	}
-	defer resp.Body.Close() //nolint:errcheck // read to its end
+	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("%s answers with status %d", url, resp.StatusCode)
 	}
@@ -193,5 +194,5 @@ func save(ctx context.Context, url, path string) error {
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(path, b, 0o644) //nolint:gosec // a profile is no secret
+	return os.WriteFile(path, b, 0o644)
 }

@@ -63,6 +63,7 @@ func (p *process) pid() int { return p.cmd.Process.Pid }
 // stack is what is measured: a backend, and a broker in front of it.
 type stack struct {
 	dir     string // removed at the end
+	binary  string // what is measured
 	backend *process
 	broker  *process
 	direct  target
@@ -71,37 +72,40 @@ type stack struct {
 }
 
 // startStack builds the program, unless there is one, and starts it twice.
-func startStack(ctx context.Context, c config, stderr io.Writer) (s *stack, err error) {
-	s = &stack{}
-	defer func() {
-		if err != nil {
-			s.close()
-		}
-	}()
+func startStack(ctx context.Context, c config, stderr io.Writer) (*stack, error) {
+	s := &stack{}
+	if err := s.start(ctx, c, stderr); err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *stack) start(ctx context.Context, c config, stderr io.Writer) (err error) {
 	if s.dir, err = os.MkdirTemp("", "ownllm-bench-"); err != nil {
-		return nil, err
+		return err
 	}
-	binary := c.binary
-	if binary == "" {
-		binary = filepath.Join(s.dir, "ownllm")
-		if out, err := exec.CommandContext(ctx, "go", "build", "-o", binary, "github.com/ownllm/ownllm").CombinedOutput(); err != nil {
-			return nil, fmt.Errorf("build ownllm: %w\n%s", err, out)
+	s.binary = c.binary
+	if s.binary == "" {
+		s.binary = filepath.Join(s.dir, "ownllm")
+		if out, err := exec.CommandContext(ctx, "go", "build", "-buildvcs=auto", "-o", s.binary, "github.com/ownllm/ownllm").CombinedOutput(); err != nil {
+			return fmt.Errorf("build ownllm: %w\n%s", err, out)
 		}
 	}
-	if err := s.startBackend(ctx, stderr, binary); err != nil {
-		return nil, err
+	if err := s.startBackend(ctx, stderr); err != nil {
+		return err
 	}
-	return s, s.startBroker(ctx, stderr, binary)
+	return s.startBroker(ctx, stderr)
 }
 
 // startBackend starts the demo backend, which says where it listens.
-func (s *stack) startBackend(ctx context.Context, stderr io.Writer, binary string) (err error) {
+func (s *stack) startBackend(ctx context.Context, stderr io.Writer) (err error) {
 	out, in, err := os.Pipe()
 	if err != nil {
 		return err
 	}
-	defer out.Close() //nolint:errcheck // only read from
-	s.backend, err = start(ctx, in, stderr, binary, "demo", "--listen", "127.0.0.1:0")
+	defer out.Close()
+	s.backend, err = start(ctx, in, stderr, s.binary, "demo", "--listen", "127.0.0.1:0")
 	_ = in.Close()
 	if err != nil {
 		return err
@@ -119,9 +123,9 @@ func (s *stack) startBackend(ctx context.Context, stderr io.Writer, binary strin
 }
 
 // startBroker starts `ownllm up` in front of the backend, and waits until it serves.
-func (s *stack) startBroker(ctx context.Context, stderr io.Writer, binary string) (err error) {
+func (s *stack) startBroker(ctx context.Context, stderr io.Writer) (err error) {
 	data := filepath.Join(s.dir, "data")
-	s.broker, err = start(ctx, nil, stderr, binary, "up", "--data-dir", data, "--backend", "http://"+s.direct.addr,
+	s.broker, err = start(ctx, nil, stderr, s.binary, "up", "--data-dir", data, "--backend", "http://"+s.direct.addr,
 		"--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--nats-listen", "127.0.0.1:0", "--log-level", "warn")
 	if err != nil {
 		return err

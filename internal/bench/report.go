@@ -32,17 +32,17 @@ type Report struct {
 	CPU       string     `json:"cpu"`
 	Platform  string     `json:"platform"`
 	Go        string     `json:"go"`
-	Commit    string     `json:"commit"`
+	Commit    string     `json:"commit"`       // of the program that is measured
 	Load      string     `json:"load_average"` // of the last minute, at the start
 	Duration  string     `json:"duration"`
 	Tokens    int        `json:"tokens"`
 	Workloads []Measured `json:"workloads"`
 }
 
-func newReport(ctx context.Context, c config) *Report {
+func newReport(c config) *Report {
 	r := &Report{
 		Cores: runtime.NumCPU(), CPU: cpuModel(), Platform: runtime.GOOS + "/" + runtime.GOARCH, Go: runtime.Version(),
-		Commit: commit(ctx), Load: loadAverage(), Duration: c.duration.String(), Tokens: tokens,
+		Load: loadAverage(), Duration: c.duration.String(), Tokens: tokens,
 	}
 	for _, w := range workloads {
 		r.Workloads = append(r.Workloads, Measured{workload: w})
@@ -66,17 +66,17 @@ func loadAverage() string {
 	return load
 }
 
-// commit is what is checked out, marked if there are changes on top of it.
-func commit(ctx context.Context) string {
-	id, err := exec.CommandContext(ctx, "git", "rev-parse", "--short=12", "HEAD").Output()
-	if err != nil {
+// commit is what the program that is measured was built from, which the checkout need
+// not be.
+func commit(ctx context.Context, binary string) string {
+	var v struct {
+		Commit string `json:"commit"`
+	}
+	out, err := exec.CommandContext(ctx, binary, "version", "--json").Output()
+	if err != nil || json.Unmarshal(out, &v) != nil || v.Commit == "" {
 		return "unknown"
 	}
-	mark := ""
-	if changes, err := exec.CommandContext(ctx, "git", "status", "--porcelain").Output(); err != nil || len(changes) > 0 {
-		mark = "+changes"
-	}
-	return strings.TrimSpace(string(id)) + mark
+	return v.Commit
 }
 
 func (r *Report) writeJSON(w io.Writer) error {

@@ -33,22 +33,26 @@ type frontOptions struct {
 	adminToken secret.String
 }
 
-func newFront(ctx context.Context, natsConfig bus.Config, store *books.Store, tel *tele, o frontOptions, log *slog.Logger) (f *front, err error) {
-	f = &front{agents: presence.NewTable()}
-	defer func() {
-		if err != nil {
-			f.close()
-		}
-	}()
-	if f.tokens, f.bulk, err = connect(natsConfig, "edge", log); err != nil {
+func newFront(ctx context.Context, natsConfig bus.Config, store *books.Store, tel *tele, o frontOptions, log *slog.Logger) (*front, error) {
+	tokens, bulk, err := connect(natsConfig, "edge", log)
+	if err != nil {
 		return nil, err
 	}
-	if err := restore(ctx, store, f.agents); err != nil {
+	f := &front{tokens: tokens, bulk: bulk, agents: presence.NewTable()}
+	if err := f.assemble(ctx, store, tel, o, log); err != nil {
+		f.close()
 		return nil, err
+	}
+	return f, nil
+}
+
+func (f *front) assemble(ctx context.Context, store *books.Store, tel *tele, o frontOptions, log *slog.Logger) error {
+	if err := restore(ctx, store, f.agents); err != nil {
+		return err
 	}
 	queue, err := bus.NewQueue(f.tokens)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	f.feed = presence.NewFeed(f.tokens, f.agents, log)
 	cfg := dispatch.DefaultConfig()
@@ -59,7 +63,7 @@ func newFront(ctx context.Context, natsConfig bus.Config, store *books.Store, te
 		Metrics: tel.metrics, Tracer: tel.tracer, Log: log,
 	}, cfg)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	f.keys = keyring.New(store, log)
 	f.edge = edge.New(edge.Config{
@@ -71,7 +75,7 @@ func newFront(ctx context.Context, natsConfig bus.Config, store *books.Store, te
 		Keys: f.keys, Agents: f.agents, Feed: f.feed, Dispatcher: f.dispatcher, Books: store, Queue: queue,
 		Metrics: tel.metrics, Tracer: tel.tracer, Log: log,
 	})
-	return f, nil
+	return nil
 }
 
 // parts are what has to run before the edge can serve.

@@ -110,7 +110,7 @@ func (c *client) chat(ctx context.Context, stream bool, fields map[string]any) r
 	if err != nil {
 		return reply{broken: err}
 	}
-	defer resp.Body.Close() //nolint:errcheck // read to its end
+	defer resp.Body.Close()
 	r := reply{status: resp.StatusCode, header: resp.Header}
 	if resp.StatusCode != http.StatusOK || !stream {
 		return r.whole(resp.Body)

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/ownllm/ownllm/internal/adminapi"
+	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/internal/stack"
 )
 
@@ -66,4 +68,27 @@ func TestUpAgain(t *testing.T) {
 		t.Errorf("ready.json is left behind: %v", err)
 	}
 	check(stack.StartUp(t, dir, "--backend", "demo"))
+}
+
+// TestUnreachable: a role whose dependency isn't there says so, and exits with 3.
+func TestUnreachable(t *testing.T) {
+	nowhere := stack.FreeAddr(t)
+	database := pgtest.New(t)
+	for _, c := range []struct {
+		name, url, want string
+	}{
+		{"NATS", database, "NATS"},
+		{"Postgres", "postgres://me@" + nowhere + "/x", "database"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cmd := exec.CommandContext(t.Context(), stack.Binary(t, stack.OwnLLM), "edge", "--nats-url", "nats://"+nowhere,
+				"--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0")
+			cmd.Env = append(os.Environ(), "OWNLLM_DATABASE_URL="+c.url)
+			out, err := cmd.CombinedOutput()
+			var exit *exec.ExitError
+			if !errors.As(err, &exit) || exit.ExitCode() != 3 || !strings.Contains(string(out), c.want) {
+				t.Errorf("ended with %v:\n%s", err, out)
+			}
+		})
+	}
 }

@@ -2,7 +2,6 @@
 package natstest
 
 import (
-	"io"
 	"log/slog"
 	"testing"
 	"time"
@@ -14,7 +13,7 @@ import (
 )
 
 // Log discards what is written to it.
-var Log = slog.New(slog.NewTextHandler(io.Discard, nil))
+var Log = slog.New(slog.DiscardHandler)
 
 // Server is a nats-server with JetStream that ends with the test.
 type Server struct {

@@ -109,7 +109,7 @@ func Run(t testing.TB, name string, env []string, path string, args ...string) *
 	read := make(chan struct{})
 	go func() {
 		defer close(read)
-		defer out.Close() //nolint:errcheck // only read from
+		defer out.Close()
 		lines := bufio.NewScanner(out)
 		lines.Buffer(nil, 1<<20)
 		for lines.Scan() {
@@ -269,14 +269,14 @@ func FreeAddr(t testing.TB) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close() //nolint:errcheck // nothing was accepted
+	defer l.Close()
 	return l.Addr().String()
 }
 
 // Answers reports whether a GET of the address gives the status 200.
 func Answers(url string) bool {
 	client := http.Client{Timeout: time.Second}
-	resp, err := client.Get(url) //nolint:noctx // bounded by the client
+	resp, err := client.Get(url)
 	if err != nil {
 		return false
 	}

@@ -147,9 +147,9 @@ func (r *Reply) Next(dst []byte) ([]byte, error) {
 		}
 		data, failed, err := r.events.next(len(dst) == start)
 		switch {
-		case err == errNotYet:
+		case errors.Is(err, errNotYet):
 			return dst, nil
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			dst = r.finish(dst)
 		case err != nil:
 			r.fail(err)

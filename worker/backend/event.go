@@ -44,8 +44,8 @@ type events struct {
 func (e *events) next(wait bool) (data []byte, failed bool, err error) {
 	for {
 		line, err := e.readLine(wait)
-		if err != nil && (err != io.EOF || len(line) == 0) {
-			if err == io.EOF && e.open {
+		if err != nil && (!errors.Is(err, io.EOF) || len(line) == 0) {
+			if errors.Is(err, io.EOF) && e.open {
 				return e.flush(), e.failed, nil
 			}
 			return nil, false, err
@@ -115,7 +115,7 @@ func (e *events) readLine(wait bool) ([]byte, error) {
 		if len(e.line)+len(part) > maxEvent {
 			return nil, errTooLong
 		}
-		if err == bufio.ErrBufferFull {
+		if errors.Is(err, bufio.ErrBufferFull) {
 			e.line = append(e.line, part...)
 			continue
 		}

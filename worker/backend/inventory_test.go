@@ -275,9 +275,8 @@ func TestDemoAndOthers(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			b := probe(t, Config{URL: newFake(t, tt.answers).URL})
 			tt.want.ID, tt.want.RuntimeProfile = "m", "auto"
+			models(t, b) // the number of slots is known once the list was read
 			got := models(t, b)["m"]
-			// The number of slots is known once the list was read.
-			got = models(t, b)["m"]
 			if diff := cmp.Diff(tt.want, got); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}

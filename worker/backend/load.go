@@ -45,7 +45,7 @@ func (b *Backend) Load(ctx context.Context, model string) error {
 		b.mu.Unlock()
 		select {
 		case <-running.done:
-			if running.err != errLoadDropped {
+			if !errors.Is(running.err, errLoadDropped) {
 				return running.err
 			}
 		case <-ctx.Done():
@@ -63,7 +63,7 @@ func (b *Backend) run(ctx context.Context, l *load, id, model string) error {
 	case ctx.Err() != nil:
 		err = fmt.Errorf("load %s: %w", model, context.Cause(ctx))
 		told = errLoadDropped
-	case err == errGone:
+	case errors.Is(err, errGone):
 		err = gone(model)
 		told = err
 	case status(err) != 0:
@@ -79,7 +79,7 @@ func (b *Backend) run(ctx context.Context, l *load, id, model string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	l.err, l.ended = told, time.Now()
-	if told == nil || told == errLoadDropped {
+	if told == nil || errors.Is(told, errLoadDropped) {
 		delete(b.loads, id)
 	}
 	if k := b.known[id]; k != nil && told == nil {

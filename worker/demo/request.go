@@ -222,7 +222,7 @@ func (q *request) check(m *schemas.Model) error {
 	case m.ContextWindow <= 0:
 		return nil
 	case q.tokens >= m.ContextWindow:
-		return fmt.Errorf("This model's maximum context length is %d tokens. However, your request has %d input tokens. Please reduce the length of the input messages.", //nolint:staticcheck // the words of vLLM
+		return fmt.Errorf("This model's maximum context length is %d tokens. However, your request has %d input tokens. Please reduce the length of the input messages.",
 			m.ContextWindow, q.tokens)
 	case q.maxTokens > m.ContextWindow-q.tokens:
 		return fmt.Errorf("'max_tokens' or 'max_completion_tokens' is too large: %d. This model's maximum context length is %d tokens and your request has %d input tokens (%d > %d - %d).",

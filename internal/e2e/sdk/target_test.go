@@ -135,19 +135,23 @@ func (to target) program(t *testing.T, name string, args ...string) {
 	t.Logf("%s", out)
 }
 
-func (to target) python(t *testing.T, path string) {
-	to.program(t, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", path)
+func (to target) python(t *testing.T, args ...string) {
+	to.program(t, "python", append([]string{"-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"}, args...)...)
 }
 
 func (to target) node(t *testing.T, pattern string) {
 	to.program(t, "node", "--test", "--test-concurrency=1", "--test-reporter=tap", pattern)
 }
 
-// check runs all checks of all three SDKs, one after the other: they count what the
-// backend aborts.
+// check runs the checks of all three SDKs, one after the other: they count what the
+// backend aborts. Those of the real model are among them if there is one.
 func (to target) check(t *testing.T) {
-	t.Run("python", func(t *testing.T) { to.python(t, "python") })
-	t.Run("node", func(t *testing.T) { to.node(t, "node/*.test.mjs") })
+	pattern, ignore := "node/*.test.mjs", "--ignore=none"
+	if to.RealModel == "" {
+		pattern, ignore = "node/!(real-model).test.mjs", "--ignore=python/test_real_model.py"
+	}
+	t.Run("python", func(t *testing.T) { to.python(t, ignore, "python") })
+	t.Run("node", func(t *testing.T) { to.node(t, pattern) })
 	t.Run("go", func(t *testing.T) { checkGoSDK(t, to) })
 }
 

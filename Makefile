@@ -1,0 +1,81 @@
+# `make` alone prints the targets: every line of the form "target: … ## text".
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+LINTER_VERSION := v2.15.0
+LINTER := .bin/golangci-lint-$(LINTER_VERSION)
+
+# How long `make fuzz` gives each target.
+FUZZTIME ?= 10s
+# How many packages `make test` tests at once. Most of them start servers, and some look at
+# the clock.
+PARALLEL ?= 2
+# More arguments of the program: make up ARGS='--backend http://127.0.0.1:11434'
+ARGS ?=
+
+.PHONY: help
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: up
+up: ## run everything in one process; ARGS='…' adds flags
+	go run . up $(ARGS)
+
+.PHONY: demo
+demo: ## run the demo model by itself, for load tests and fault tests
+	go run . demo $(ARGS)
+
+.PHONY: build
+build: ## build ./ownllm
+	go build -o ownllm .
+
+.PHONY: test
+test: setup vet lint cross ## everything, on real parts; installs what that needs
+	go test -race -p $(PARALLEL) -timeout 30m ./...
+
+.PHONY: check
+check: format vet lint ## the gate before a commit: format, vet, linter, short tests
+	go test -short ./...
+
+.PHONY: setup
+setup: ## install what the tests need
+	scripts/setup
+
+.PHONY: format
+format: ## fail if a file isn't formatted
+	@files=$$(gofmt -l .); [[ -z $$files ]] || { echo "not formatted, run gofmt -w:" $$files >&2; exit 1; }
+
+.PHONY: vet
+vet: ## go vet
+	go vet ./...
+
+.PHONY: lint
+lint: $(LINTER) ## golangci-lint, at the pinned version
+	$(LINTER) run ./...
+
+$(LINTER):
+	GOBIN=$(CURDIR)/.bin go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(LINTER_VERSION)
+	mv .bin/golangci-lint $@
+
+.PHONY: cross
+cross: ## see that it builds for other systems: workers run on them
+	GOOS=darwin go build -o /dev/null .
+	GOOS=windows go build -o /dev/null .
+
+.PHONY: fuzz
+fuzz: ## every fuzz target, for FUZZTIME (10s) each
+	@grep -ro --include='*_test.go' --exclude-dir=scripts '^func Fuzz[A-Za-z]*' . | while IFS=: read -r file target; do \
+		echo "$${file%/*} $${target#func }"; \
+		go test "$${file%/*}" -run '^$$' -fuzz "^$${target#func }$$" -fuzztime $(FUZZTIME); \
+	done
+
+.PHONY: bench
+bench: ## what the broker costs: direct against through the broker
+	go run ./internal/bench $(ARGS)
+
+.PHONY: clean
+clean: ## remove what was built and installed here
+	rm -rf ownllm .bin scripts/.venv scripts/sdk/node/node_modules

@@ -1,0 +1,277 @@
+package quota
+
+import (
+	"context"
+	"errors"
+	"hash/maphash"
+	"log/slog"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// Grant is what an admitted request holds. One that comes with an error holds nothing;
+// its Rate may be known all the same.
+type Grant struct {
+	Request schemas.RequestID
+	Key     schemas.KeyID
+	// Limit is the most tokens that the reply may have, for now if Open.
+	Limit int64
+	// Open says that the client gave no limit, and that more can be asked for, see
+	// Gate.Extend.
+	Open bool
+	// Price is that of 1,000 tokens, in micro-cents.
+	Price int64
+	Rate  Rate
+
+	lease *lease
+	term  *term
+}
+
+// Expired reports whether the lease that the request was admitted under has lapsed, or
+// may have while this process wasn't running. Then somebody else may have settled the
+// request, and nothing more of it may be delivered. It is cheap: ask before each write.
+func (g *Grant) Expired() bool {
+	return g.term == nil || g.term.over() || g.lease.doubtful(time.Now())
+}
+
+// Lapsed is closed once the lease that the request was admitted under has lapsed.
+func (g *Grant) Lapsed() <-chan struct{} { return g.term.ended }
+
+// Gate admits and settles requests. It is safe for concurrent use.
+type Gate struct {
+	cfg    Config
+	books  Books
+	log    *slog.Logger
+	seed   maphash.Seed
+	shards []*shard
+	lease  *lease
+}
+
+// New returns a gate. It lets nobody in before it runs.
+func New(b Books, cfg Config, log *slog.Logger) *Gate {
+	cfg = cfg.withDefaults()
+	g := &Gate{cfg: cfg, books: b, log: log, seed: maphash.MakeSeed(), lease: newLease(b, cfg, log)}
+	for range cfg.Shards {
+		g.shards = append(g.shards, newShard(g))
+	}
+	return g
+}
+
+// Owner is the id under which requests are owned.
+func (g *Gate) Owner() schemas.OwnerID { return g.cfg.Owner }
+
+// Ready reports whether there is a lease, without which nothing is admitted.
+func (g *Gate) Ready() bool { return g.lease.current(time.Now()) != nil }
+
+// Run works until ctx ends. Then it lets nobody in any more, has the books take what was
+// settled before, as far as they can be reached, and gives its lease back. Whoever owns
+// requests ends them first.
+func (g *Gate) Run(ctx context.Context) error {
+	var work errgroup.Group
+	// The lease outlives the shards, which may have to settle.
+	leased, release := context.WithCancel(context.WithoutCancel(ctx))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		g.lease.run(leased)
+	}()
+	for _, s := range g.shards {
+		work.Go(func() error {
+			s.run(ctx)
+			return nil
+		})
+	}
+	_ = work.Wait() // they return nothing
+	release()
+	<-done
+	g.lease.end(context.WithoutCancel(ctx))
+	return nil
+}
+
+func (g *Gate) shard(key schemas.KeyID) *shard {
+	return g.shards[maphash.String(g.seed, string(key))%uint64(len(g.shards))]
+}
+
+// Admit lets a request in, or says why not: the error is a *schemas.Error, or that of
+// ctx if that has ended; then nothing is held. What was let in must be settled. An id is
+// asked for once: a request that is tried again as a whole is another one.
+func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
+	bounded, cancel := context.WithTimeout(ctx, g.cfg.Wait)
+	defer cancel()
+	a, err := g.ask(bounded, ask)
+	if err == nil && mayPass(a.decision.Reason) && !a.uncertain {
+		select {
+		case <-time.After(g.cfg.SecondLook):
+			a, err = g.ask(bounded, ask)
+		case <-bounded.Done():
+		}
+	}
+	if err != nil {
+		if ctx.Err() == nil && bounded.Err() != nil {
+			err = errAway()
+		}
+		return Grant{}, err
+	}
+	d := &a.decision
+	grant := Grant{Rate: rate(d)}
+	if err := refusal(d); err != nil {
+		return grant, err
+	}
+	grant.Request, grant.Key, grant.Limit, grant.Price = ask.Request, ask.Key, d.Limit, d.Price
+	grant.lease, grant.term = g.lease, a.term
+	if ask.Limit <= 0 {
+		grant.Open = true
+		if d.Price == 0 {
+			grant.Limit = books.MaxTokens // what is free needs no reserve
+		}
+	}
+	return grant, nil
+}
+
+// ask asks the books once.
+func (g *Gate) ask(ctx context.Context, ask Ask) (*admission, error) {
+	if !g.Ready() {
+		return nil, errAway()
+	}
+	a := &admission{ask: ask, done: make(chan struct{})}
+	s := g.shard(ask.Key)
+	if !s.add(func() { s.asks = append(s.asks, a) }) {
+		return nil, errAway()
+	}
+	select {
+	case <-a.done:
+	case <-ctx.Done():
+		if s.abandon(a) {
+			return nil, context.Cause(ctx)
+		}
+		<-a.done // just now
+		if a.err == nil && a.decision.Reason == books.Admitted {
+			s.void(ask)
+			return nil, context.Cause(ctx)
+		}
+	}
+	if a.err == nil && a.decision.Reason == books.ReasonLease {
+		g.lease.doubt()
+	}
+	return a, a.err
+}
+
+// extendEvery is how often it is looked whether money has come free.
+const extendEvery = 100 * time.Millisecond
+
+// Extend asks that the reply to an open request may have that many tokens in all, and
+// returns how many it may have now. If there isn't as much money, it returns as many as
+// there is for; if there is for none more than have, but others hold some, it waits for
+// theirs until ctx ends. So if it returns have, that is all. The error is a
+// *schemas.Error or that of ctx.
+func (g *Gate) Extend(ctx context.Context, grant *Grant, have, limit int64) (int64, error) {
+	if grant.Price == 0 {
+		return books.MaxTokens, nil
+	}
+	for {
+		out, err := g.alter(ctx, books.Alter{Request: grant.Request, Key: grant.Key, Limit: limit})
+		if err != nil || out.Limit > have || out.Others == 0 {
+			return max(out.Limit, have), err
+		}
+		select {
+		case <-time.After(extendEvery):
+		case <-ctx.Done():
+			return have, nil
+		}
+	}
+}
+
+// Claimed notes which agent works on a request, and, unless nil, how many tokens its
+// prompt has in truth. It returns how many the reply may have now; that is less than
+// before only if the prompt is longer than was asked for. It must have returned before an
+// agent other than the one that was asked for gets the job, since only the agent that is
+// noted can report what it burnt.
+func (g *Gate) Claimed(ctx context.Context, grant *Grant, agent schemas.AgentID, prompt *int64) (int64, error) {
+	out, err := g.alter(ctx, books.Alter{Request: grant.Request, Key: grant.Key, Agent: agent, Prompt: prompt})
+	if err == nil && grant.Price == 0 && grant.Open {
+		return books.MaxTokens, nil
+	}
+	return out.Limit, err
+}
+
+func (g *Gate) alter(ctx context.Context, alter books.Alter) (books.Altered, error) {
+	c := &change{alter: alter, done: make(chan struct{})}
+	s := g.shard(alter.Key)
+	if !s.add(func() { s.changes = append(s.changes, c) }) {
+		return books.Altered{}, errAway()
+	}
+	select {
+	case <-c.done:
+	case <-ctx.Done():
+		return books.Altered{}, context.Cause(ctx) // done or not, it changes nothing for others
+	}
+	if c.err == nil && c.out.State != books.StateOpen {
+		return books.Altered{}, errEnded()
+	}
+	return c.out, c.err
+}
+
+// Settle ends a request: it is charged for a prompt, nil standing for what was
+// reserved, and for a completion of so many tokens. It doesn't wait. The channel is closed
+// once the books have taken it, which they will as long as the gate runs.
+func (g *Gate) Settle(grant *Grant, prompt *int64, completion int64, outcome books.Outcome) <-chan struct{} {
+	return g.shard(grant.Key).settle(books.Settlement{
+		Request: grant.Request, Key: grant.Key, Prompt: prompt, Completion: completion, Outcome: outcome,
+	})
+}
+
+// Unsettled counts the settlements that the books haven't taken yet.
+func (g *Gate) Unsettled() (n int) {
+	for _, s := range g.shards {
+		n += s.unsettled()
+	}
+	return n
+}
+
+// mayPass reports whether the reason may go away within moments.
+func mayPass(r books.Reason) bool { return r == books.ReasonNoSlot || r == books.ReasonMoneyHeld }
+
+func errAway() *schemas.Error {
+	return schemas.Errorf(schemas.CodeInternalError,
+		"This server can't reach its database just now, and without it admits no request. Try again in a few seconds.").WithRetryAfter(2 * time.Second)
+}
+
+func errEnded() *schemas.Error {
+	return schemas.Errorf(schemas.CodeInternalError, "The request has been ended, because the server that had it was taken for dead. Send it again.").WithRetryAfter(time.Second)
+}
+
+// refusal says to a client why it wasn't let in; nil if it was.
+func refusal(d *books.Decision) error {
+	switch d.Reason {
+	case books.Admitted:
+		return nil
+	case books.ReasonKeyInvalid:
+		return schemas.Errorf(schemas.CodeKeyInvalid, "The API key doesn't exist or has been revoked.")
+	case books.ReasonKeyExpired:
+		return schemas.Errorf(schemas.CodeKeyExpired, "The API key has expired. Make a new one.")
+	case books.ReasonTenantDisabled:
+		return schemas.Errorf(schemas.CodeTenantDisabled, "The tenant of this API key is suspended.")
+	case books.ReasonUserDeactivated:
+		return schemas.Errorf(schemas.CodeUserDeactivated, "The user who owns this API key was deactivated.")
+	case books.ReasonBudget:
+		return schemas.Errorf(schemas.CodeBudgetExceeded,
+			"What is left of the key's budget for this month doesn't pay for this request. Ask for fewer tokens, have the budget raised, or wait until the 1st (UTC).").WithRetryAfter(d.Wait)
+	case books.ReasonTenantQPS:
+		return schemas.Errorf(schemas.CodeTenantQPSLimit, "The tenant's requests come faster than its limit allows. Slow down.").WithRetryAfter(d.Wait)
+	case books.ReasonNoSlot:
+		return schemas.Errorf(schemas.CodeConcurrencyLimit,
+			"As many requests of this key are in flight as may be: %d. Wait until one of them has ended.", d.Slots).WithRetryAfter(time.Second)
+	case books.ReasonMoneyHeld:
+		return schemas.Errorf(schemas.CodeConcurrencyLimit,
+			"What is left of the key's budget is held by requests in flight. Wait until one of them has ended.").WithRetryAfter(time.Second)
+	case books.ReasonLease:
+		return schemas.Errorf(schemas.CodeInternalError, "This server has been out of touch with its database. Try again in a second.").WithRetryAfter(time.Second)
+	case books.ReasonEnded:
+		return errEnded()
+	}
+	return schemas.AsError(errors.New("unknown reason"))
+}
