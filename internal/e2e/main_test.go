@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/ownllm/ownllm/internal/pgtest"
+	"github.com/ownllm/ownllm/internal/stack"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+func TestMain(m *testing.M) { pgtest.Main(stack.Tests{M: m}) }

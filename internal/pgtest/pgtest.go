@@ -47,12 +47,14 @@ var server struct {
 
 // Main runs the tests of a package, stops the server, and then makes sure that no
 // goroutine is left. It doesn't return. A package calls it from TestMain.
-func Main(m *testing.M, opts ...goleak.Option) {
+//
+// m is the *testing.M, or what wraps its Run.
+func Main(m goleak.TestingM, opts ...goleak.Option) {
 	goleak.VerifyTestMain(tests{m}, opts...)
 }
 
 // tests are the tests of a package, and the end of the server after them.
-type tests struct{ m *testing.M }
+type tests struct{ m goleak.TestingM }
 
 // Run implements goleak.TestingM.
 func (t tests) Run() int {

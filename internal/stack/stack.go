@@ -79,6 +79,15 @@ func Cleanup() {
 	_ = os.RemoveAll(built.dir)
 }
 
+// Tests wraps the tests of a package, and removes the binaries after them.
+type Tests struct{ M *testing.M }
+
+// Run implements goleak.TestingM.
+func (t Tests) Run() int {
+	defer Cleanup()
+	return t.M.Run()
+}
+
 // Process is a process that a test started.
 type Process struct {
 	t    testing.TB
