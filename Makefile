@@ -13,6 +13,8 @@ FUZZTIME ?= 10s
 # How many packages `make test` tests at once. Most of them start servers, and some look at
 # the clock.
 PARALLEL ?= 2
+# Never from the cache: tests of the built binary depend on more than Go sees.
+TEST := go test -count=1
 # More arguments of the program: make up ARGS='--backend http://127.0.0.1:11434'
 ARGS ?=
 
@@ -34,11 +36,11 @@ build: ## build ./ownllm
 
 .PHONY: test
 test: setup vet lint cross ## everything, on real parts; installs what that needs
-	go test -race -p $(PARALLEL) -timeout 30m ./...
+	$(TEST) -race -p $(PARALLEL) -timeout 30m ./...
 
 .PHONY: check
 check: format vet lint ## the gate before a commit: format, vet, linter, short tests
-	go test -short ./...
+	$(TEST) -short ./...
 
 .PHONY: setup
 setup: ## install what the tests need

@@ -38,7 +38,7 @@ func (e *Edge) chat(c *fiber.Ctx) error {
 	}
 	in.streaming = req.Stream
 	w.unwatch = e.watch.add(in.conn, func() { reply.Interrupt(errClientGone) })
-	reply.OnStall(func() { breakOff(in.conn) })
+	reply.OnStall(func() { hurryUp(in.conn) })
 	if !req.Stream {
 		return w.sendWhole(c)
 	}

@@ -16,6 +16,9 @@ const (
 	// lingerWait and lingerBytes bound what is taken in of a body that nobody wants.
 	lingerWait  = 3 * time.Second
 	lingerBytes = 64 << 20
+	// stallGrace is how long a client that has fallen behind has to take the error that
+	// ends its stream, before its connection is broken off.
+	stallGrace = 2 * time.Second
 )
 
 // clients are the connections of clients that are open.
@@ -58,8 +61,8 @@ func (cs *clients) add(tcp *net.TCPConn) *conn {
 }
 
 // finish waits until all connections are closed, and closes those that are still open
-// after a while, without a word. It is called once, when nothing is accepted any more.
-func (cs *clients) finish() {
+// after leave, without a word. It is called once, when nothing is accepted any more.
+func (cs *clients) finish(leave time.Duration) {
 	cs.mu.Lock()
 	if len(cs.open) == 0 {
 		cs.mu.Unlock()
@@ -68,7 +71,7 @@ func (cs *clients) finish() {
 	last := make(chan struct{})
 	cs.last = last
 	cs.mu.Unlock()
-	timer := time.NewTimer(lingerWait)
+	timer := time.NewTimer(leave)
 	defer timer.Stop()
 	select {
 	case <-last:
@@ -98,6 +101,9 @@ type conn struct {
 	closed    atomic.Bool
 	// unread says that the request was answered before all of it was read.
 	unread atomic.Bool
+	// hurry says that the client has fallen behind once, and is waited for no longer than
+	// stallGrace from then on.
+	hurry atomic.Bool
 }
 
 // Write implements net.Conn.
@@ -105,6 +111,9 @@ func (c *conn) Write(p []byte) (n int, err error) {
 	for {
 		if err := c.SetWriteDeadline(time.Now().Add(c.writeWait)); err != nil {
 			return n, err
+		}
+		if c.hurry.Load() { // looked at after the deadline is set: see hurryUp
+			_ = c.SetWriteDeadline(time.Now().Add(stallGrace))
 		}
 		m, err := c.TCPConn.Write(p[n:min(len(p), n+writePiece)])
 		n += m
@@ -145,12 +154,27 @@ func (c *conn) end() error {
 	return err
 }
 
-// linger says that a request on the connection is answered without being read whole.
+// linger says whether a request on the connection is answered without being read whole.
 func linger(nc net.Conn, unread bool) {
+	if c := client(nc); c != nil {
+		c.unread.Store(unread)
+	}
+}
+
+// hurryUp gives a client that has fallen behind a little time to take what is being
+// written to it, and whatever comes after that.
+func hurryUp(nc net.Conn) {
+	if c := client(nc); c != nil {
+		c.hurry.Store(true) // before the deadline, so that a write that begins now has it, too
+		_ = c.SetWriteDeadline(time.Now().Add(stallGrace))
+	}
+}
+
+// client is the connection of a client, under TLS or not; nil for one of another kind.
+func client(nc net.Conn) *conn {
 	if t, ok := nc.(interface{ NetConn() net.Conn }); ok {
 		nc = t.NetConn()
 	}
-	if c, ok := nc.(*conn); ok {
-		c.unread.Store(unread)
-	}
+	c, _ := nc.(*conn)
+	return c
 }

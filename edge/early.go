@@ -2,6 +2,7 @@ package edge
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"time"
 
@@ -9,6 +10,7 @@ import (
 	"github.com/valyala/fasthttp"
 
 	"github.com/ownllm/ownllm/broker/apikey"
+	"github.com/ownllm/ownllm/schemas"
 )
 
 // The server reads the first kilobytes of a body before it calls a handler, so a
@@ -63,7 +65,8 @@ func (e *Edge) hopeless(h *fasthttp.RequestHeader) bool {
 		return false
 	}
 	_, err = e.Keys.Authenticate(context.Background(), key, slug)
-	return err != nil
+	var refusal *schemas.Error
+	return errors.As(err, &refusal) && refusal.Code != schemas.CodeInternalError
 }
 
 // anybody stands for all addresses together.

@@ -20,6 +20,7 @@ import (
 	"net/netip"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -186,12 +187,16 @@ func (e *Edge) Serve(ctx context.Context, l net.Listener) error {
 	served := make(chan error, 1)
 	go func() { served <- e.app.Listener(l) }()
 	var err error
+	leave := lingerWait
 	select {
 	case err = <-served:
 	case <-ctx.Done():
-		err = errors.Join(e.shutdown(ctx), <-served)
+		if err = e.shutdown(ctx); err != nil {
+			leave = 0 // they had their time
+		}
+		err = errors.Join(err, <-served)
 	}
-	e.clients.finish()
+	e.clients.finish(leave)
 	stopWatching()
 	<-watched
 	return err
@@ -253,6 +258,7 @@ func (e *Edge) readyz(c *fiber.Ctx) error {
 	r := e.Readiness(c.UserContext())
 	if !r.Ready {
 		c.Status(fiber.StatusServiceUnavailable)
+		c.Set(fiber.HeaderRetryAfter, strconv.Itoa(int(learnWait/time.Second)))
 	}
 	return c.JSON(r)
 }

@@ -82,16 +82,18 @@ func TestClientLeavesARunningRequest(t *testing.T) {
 	h.calm()
 }
 
-// A job that waits for a slot leaves the queue with its client, and never runs.
+// A job that waits for a slot leaves the queue with its client. One that the worker had at
+// hand already may get as far as the backend, and is stopped there by the answer to its
+// claim.
 func TestClientLeavesTheQueue(t *testing.T) {
 	t.Parallel()
 	h := build(t, plan{slots: 1})
 	busy := h.dial()
 	busy.post(h.key, ask(`"stream":true,"demo":{"tokens":1000,"tokens_per_second":0.05}`))
 	busy.answer("POST")
-	started := h.backend.Stats().Started
+	const slow = `"demo":{"tokens":100,"first_token_ms":60000}`
 	for how, go_ := range leave {
-		for name, members := range map[string]string{"stream": `"stream":true`, "whole": ``} {
+		for name, members := range map[string]string{"stream": slow + `,"stream":true`, "whole": slow} {
 			t.Run(name+", "+how, func(t *testing.T) {
 				clients := make([]*raw, 5) // the worker takes one of them to hand, the others lie in the stream
 				for i := range clients {
@@ -108,8 +110,8 @@ func TestClientLeavesTheQueue(t *testing.T) {
 	}
 	_ = busy.Close()
 	within(t, noticed+slack, "the busy one to end", func() bool { return h.disp.Active() == 0 && h.backend.Stats().Active == 0 })
-	if n := h.backend.Stats().Started; n != started {
-		t.Errorf("%d jobs of clients that had left were run", n-started)
+	if s := h.backend.Stats(); s.Finished != 0 || s.Started > 1+4 {
+		t.Errorf("jobs of clients that had left were run: %+v", s)
 	}
 	// The slot is free again.
 	if resp, _ := h.do("POST", "/v1/chat/completions", h.key, ask("")); resp.StatusCode != 200 {
@@ -405,5 +407,7 @@ func TestNothingIsLeftOfAThousandAbortedRequests(t *testing.T) {
 	if resp, _ := h.do("POST", "/v1/chat/completions", h.key, ask("")); resp.StatusCode != 200 {
 		t.Error(resp.Status)
 	}
-	h.calm()
+	if strings.Contains(h.log.String(), "went away") {
+		t.Error("clients that leave are no reason for a word in the log")
+	}
 }

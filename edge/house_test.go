@@ -3,6 +3,7 @@ package edge_test
 import (
 	"bufio"
 	"context"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -33,6 +34,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	// These tests wait more than they work.
+	if err := flag.Set("test.parallel", "4"); err != nil {
+		panic(err)
+	}
 	pgtest.Main(m,
 		// fasthttp keeps one goroutine for the Date header for ever, and one of each
 		// server for up to ten seconds after its end.
@@ -72,7 +77,7 @@ type plan struct {
 	models   []schemas.Model // of the demo backend
 	slots    int             // of the worker; 0: what the backend says
 	empty    bool            // no worker; the edge isn't waited for until it is ready
-	listen   string          // default: 127.0.0.1:0
+	closed   bool            // no admin API
 }
 
 const patience = 15 * time.Second
@@ -132,14 +137,13 @@ func build(t testing.TB, p plan) *house {
 	if e.Drain == 0 {
 		e.Drain = 10 * time.Second
 	}
-	e.AdminToken, e.Version = adminToken, "test"
+	if e.Version = "test"; !p.closed {
+		e.AdminToken = adminToken
+	}
 	h.edge = edge.New(e, edge.Parts{
 		Keys: h.keys, Agents: h.agents, Feed: feed, Dispatcher: h.disp, Books: h.store, Queue: queue, Log: log,
 	})
-	if p.listen == "" {
-		p.listen = "127.0.0.1:0"
-	}
-	l := listen(t, p.listen)
+	l := listen(t, "127.0.0.1:0")
 	h.addr = l.Addr().String()
 	edgeCtx, stop := context.WithCancel(context.Background())
 	h.stop, h.served = stop, make(chan error, 1)

@@ -279,12 +279,13 @@ func TestModels(t *testing.T) {
 	if !strings.HasPrefix(list, want) {
 		t.Errorf("list is\n%s\nwant\n%s…", list, want)
 	}
-	_, _, stranger := h.newTenant("other")
-	for _, path := range []string{"/v1/models", "/v1/models/"} {
-		resp, body := h.do("GET", "/v1/models", stranger, "")
-		checkRefusal(t, resp, body, "agent_offline", "")
-		_ = path
+	_, scoped := h.newKey(books.NewKey{Scopes: []string{"model:other"}})
+	if resp, body := h.do("GET", "/v1/models", scoped, ""); resp.StatusCode != 200 || body != `{"object":"list","data":[]}` {
+		t.Errorf("list without a model: %s %s", resp.Status, body)
 	}
+	_, _, stranger := h.newTenant("other")
+	resp, body := h.do("GET", "/v1/models", stranger, "")
+	checkRefusal(t, resp, body, "agent_offline", "")
 }
 
 func TestBaseDomain(t *testing.T) {
@@ -344,7 +345,7 @@ func TestReadiness(t *testing.T) {
 	is := func(status int, want string) func() bool {
 		return func() bool {
 			resp, body := h.do("GET", "/readyz", "", "")
-			return resp.StatusCode == status && strings.TrimSpace(body) == want && resp.Header.Get("Content-Type") == "application/json"
+			return resp.StatusCode == status && (resp.Header.Get("Retry-After") != "") == (status == 503) && strings.TrimSpace(body) == want && resp.Header.Get("Content-Type") == "application/json"
 		}
 	}
 	const fine = `{"ready":true,"postgres":"ok","nats":"ok","draining":false}`

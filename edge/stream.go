@@ -11,13 +11,8 @@ import (
 	"github.com/ownllm/ownllm/broker/dispatch"
 )
 
-const (
-	// learnWait is the advice to clients of an edge that has to find its feet.
-	learnWait = 2 * time.Second
-	// stallGrace is how long a stalled client has to take the error that ends its
-	// stream, before its connection is broken off.
-	stallGrace = 2 * time.Second
-)
+// learnWait is the advice to clients of an edge that has to find its feet.
+const learnWait = 2 * time.Second
 
 // The pieces of a stream of server-sent events. A keep-alive is a comment with one
 // newline: a blank line behind it would make an empty event of it, which breaks older
@@ -149,11 +144,4 @@ var newline = []byte{'\n'}
 func (w *watched) Close() error {
 	w.end(w.err)
 	return nil
-}
-
-// breakOff ends a connection whose client doesn't read.
-func breakOff(conn net.Conn) {
-	if conn != nil {
-		_ = conn.SetWriteDeadline(time.Now().Add(stallGrace))
-	}
 }

@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/internal/natstest"
 	"github.com/ownllm/ownllm/schemas"
@@ -67,7 +66,7 @@ func TestStatusIsHeldUntilTheFirstToken(t *testing.T) {
 func TestKeepAlive(t *testing.T) {
 	t.Parallel()
 	h := build(t, plan{dispatch: func(c *dispatch.Config) {
-		c.FirstTick, c.KeepAlive, c.FirstToken = 200*time.Millisecond, 200*time.Millisecond, 1500*time.Millisecond
+		c.FirstTick, c.KeepAlive, c.FirstToken = 200*time.Millisecond, 200*time.Millisecond, 2*time.Second
 	}})
 	const comment = ": waiting\n"
 	read := func(members string) (text string, status time.Duration) {
@@ -104,7 +103,7 @@ func TestKeepAlive(t *testing.T) {
 	}
 
 	for demo, code := range map[string]string{
-		`"first_token_ms":500,"die_after":0`: "backend_error",
+		`"first_token_ms":400,"die_after":0`: "backend_error", // the worker tries twice
 		`"stall_after":0`:                    "agent_timeout",
 	} {
 		text, _ := read(`"stream":true,"demo":{"tokens":2,` + demo + `}`)
@@ -267,7 +266,7 @@ func contents(text string, stream bool) string {
 // What nobody here understands reaches the backend as it was.
 func TestUnknownFieldsReachTheBackend(t *testing.T) {
 	t.Parallel()
-	h := build(t, plan{})
+	h := build(t, plan{models: []schemas.Model{talkative()}})
 	const odd = `"reasoning_effort":"low","chat_template_kwargs":{"a":[1,2.50,{"b":null}]},"x":1e3,"y":"\u00e9\ud83d\ude00"`
 	for _, stream := range []bool{true, false} {
 		_, text := h.do("POST", "/v1/chat/completions", h.key, ask(fmt.Sprintf(`%s,"stream":%v,"demo":{"echo":true}`, odd, stream)))
@@ -280,15 +279,5 @@ func TestUnknownFieldsReachTheBackend(t *testing.T) {
 	resp, text := h.do("POST", "/v1/chat/completions", h.key, ask(`"x":"`+large+`","demo":{"echo":true}`))
 	if resp.StatusCode != http.StatusOK || !strings.Contains(contents(text, false), `"x":"`+large+`"`) {
 		t.Errorf("%s: %d bytes came back", resp.Status, len(text))
-	}
-}
-
-func TestScopesOfKeys(t *testing.T) {
-	t.Parallel()
-	h := build(t, plan{})
-	_, key := h.newKey(books.NewKey{Scopes: []string{"model:other"}})
-	resp, body := h.do("GET", "/v1/models", key, "")
-	if resp.StatusCode != 200 || body != `{"object":"list","data":[]}` {
-		t.Errorf("%s %s", resp.Status, body)
 	}
 }

@@ -78,8 +78,8 @@ func newSender(w *Worker, job *schemas.Job, ackSubject string, stop context.Canc
 	id, now := string(schemas.NewNonce()), time.Now()
 	return &sender{
 		w: w, id: id, subject: schemas.OutSubject(w.cfg.Agent, job.Owner, job.Nonce),
-		inbox: w.inbox + "." + id, stop: stop, heard: make(chan struct{}), ackSubject: ackSubject,
-		spoke: now, reported: now, extended: now,
+		inbox: w.inbox + "." + id, stop: stop, heard: make(chan struct{}), room: make(chan struct{}, 1),
+		ackSubject: ackSubject, spoke: now, reported: now, extended: now,
 	}
 }
 

@@ -1,5 +1,5 @@
-// Package books keeps the truth about tenants, users, API keys and agents in
-// PostgreSQL. It is the only place that speaks SQL.
+// Package books keeps the truth about tenants, users, API keys and agents, and about
+// what they spend and hold, in PostgreSQL. It is the only place that speaks SQL.
 //
 // # Errors
 //
@@ -17,6 +17,33 @@
 // change up to w, and will see every later one. LookupKey says, out of the same
 // snapshot as the rest of its answer, at which version it looked. Old rows of the list
 // are pruned, and a reader that is behind them is told to start afresh.
+//
+// # What is promised about money and slots
+//
+// A request is admitted by a reservation, which holds one of its key's slots and the
+// most that the request can cost. It ends by being settled, or it expires. At every
+// moment, what a key has spent and holds in a month isn't more than its budget (unless
+// that was lowered meanwhile), and no more of its requests are in flight than may be. The
+// ledger has at most one row for each request, and it is charged to the month in which it
+// was admitted.
+//
+// Safety comes from one lock for each key, its row in key_accounts: whoever admits,
+// alters, settles, sweeps or heals holds it until the commit, so all decisions about one
+// key are made one after the other, each knowing all before. A request is charged what it
+// burnt, but never more than it held, and that was taken from what was free. A settlement
+// acts only on an open reservation, and closes it in the same transaction; so of several
+// (the owner's, one sent again, the worker's report, the sweeper's) the first counts, and
+// the others change nothing. Locks are taken in one order, so nobody waits in a circle,
+// and a batch of requests is one transaction.
+//
+// Liveness comes from leases and deadlines. Slots of an owner that died come back when
+// its lease has lapsed and somebody sweeps; its money comes back when the worker reports
+// what it burnt, or when worker and owner are both known to be gone, or at the latest at
+// the request's deadline, for the price of its prompt. How many slots and how much money
+// are held is noted beside the reservations, to be read fast; Heal derives both afresh.
+//
+// Time is that of the database. An owner's epoch never comes back, even if the owner was
+// forgotten, so what was taken from it stays taken.
 package books
 
 import (

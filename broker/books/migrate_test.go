@@ -2,22 +2,59 @@ package books_test
 
 import (
 	"errors"
+	"flag"
+	"os"
+	"strings"
 	"sync"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/internal/pgtest"
 )
 
-// shape is the schema as text: every column, constraint and index.
+// shape is the schema as text: every column, constraint, index, storage option, sequence
+// and function.
 const shape = `
-	SELECT coalesce(string_agg(line, E'\n' ORDER BY line), '') FROM (
-		SELECT format('%s.%s %s %s %s', table_name, column_name, data_type, is_nullable, column_default) AS line
+	SELECT coalesce(string_agg(line, E'\n' ORDER BY line COLLATE "C"), '') FROM (
+		SELECT format('column %s.%s %s %s %s', table_name, column_name, data_type,
+			CASE is_nullable WHEN 'YES' THEN 'NULL' ELSE 'NOT NULL' END, coalesce('DEFAULT ' || column_default, '')) AS line
 		FROM information_schema.columns WHERE table_schema = 'public' AND table_name NOT LIKE 'goose%'
-		UNION ALL SELECT format('%s %s', conrelid::regclass, pg_get_constraintdef(oid)) FROM pg_constraint
-		WHERE connamespace = 'public'::regnamespace AND conrelid::regclass::text NOT LIKE 'goose%'
-		UNION ALL SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' AND tablename NOT LIKE 'goose%'
+		UNION ALL SELECT format('constraint %s %s', conrelid::regclass, pg_get_constraintdef(oid)) FROM pg_constraint
+		WHERE connamespace = 'public'::regnamespace AND conrelid::regclass::text NOT LIKE 'goose%' AND contype <> 'n'
+		UNION ALL SELECT 'index ' || indexdef FROM pg_indexes WHERE schemaname = 'public' AND tablename NOT LIKE 'goose%'
+		UNION ALL SELECT format('options %s %s', relname, reloptions) FROM pg_class
+		WHERE relnamespace = 'public'::regnamespace AND reloptions IS NOT NULL
+		UNION ALL SELECT format('sequence %s', relname) FROM pg_class
+		WHERE relnamespace = 'public'::regnamespace AND relkind = 'S' AND relname NOT LIKE 'goose%'
+		UNION ALL SELECT format('function %s(%s) RETURNS %s %s', proname, pg_get_function_arguments(oid), pg_get_function_result(oid), proconfig)
+		FROM pg_proc WHERE pronamespace = 'public'::regnamespace
 	) AS lines`
+
+var update = flag.Bool("update", false, "write testdata/schema.txt")
+
+// The schema is what is written down: a change of it is seen in a review.
+func TestSchema(t *testing.T) {
+	const file = "testdata/schema.txt"
+	got, err := books.Query[string](t.Context(), open(t), shape)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got += "\n"
+	if *update {
+		if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(strings.Split(string(want), "\n"), strings.Split(got, "\n")); diff != "" {
+		t.Errorf("the schema isn't that of %s (-file +schema); see -update:\n%s", file, diff)
+	}
+}
 
 func TestMigrateUpDownUp(t *testing.T) {
 	s := openAt(t, books.Config{URL: pgtest.Empty(t)})
@@ -40,7 +77,7 @@ func TestMigrateUpDownUp(t *testing.T) {
 	if _, err := s.GetTenant(t.Context(), "acme"); err != nil {
 		t.Error("migrating again lost something: ", err)
 	}
-	for version := int64(2); version >= 0; version-- {
+	for version := int64(4); version >= 0; version-- {
 		if err := s.DownTo(t.Context(), version); err != nil {
 			t.Fatalf("down to %d: %v", version, err)
 		}

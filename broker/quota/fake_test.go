@@ -22,6 +22,8 @@ type fake struct {
 	lease books.Lease
 	err   error // of every call
 	held  int   // leases that were given back
+	// hang holds up renewals, whatever their context says.
+	hang chan struct{}
 	// take answers a turn, if it isn't nil.
 	take func(books.Turn) (books.Outcomes, error)
 }
@@ -55,6 +57,12 @@ func yes(turn books.Turn) (out books.Outcomes) {
 }
 
 func (f *fake) RenewLease(_ context.Context, owner schemas.OwnerID, _ time.Duration) (books.Lease, error) {
+	f.mu.Lock()
+	hang := f.hang
+	f.mu.Unlock()
+	if hang != nil {
+		<-hang
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.lease.Owner = owner

@@ -167,14 +167,17 @@ const extendEvery = 100 * time.Millisecond
 // returns how many it may have now. If there isn't as much money, it returns as many as
 // there is for; if there is for none more than have, but others hold some, it waits for
 // theirs until ctx ends. So if it returns have, that is all. The error is a
-// *schemas.Error or that of ctx.
+// *schemas.Error.
 func (g *Gate) Extend(ctx context.Context, grant *Grant, have, limit int64) (int64, error) {
 	if grant.Price == 0 {
 		return books.MaxTokens, nil
 	}
 	for {
 		out, err := g.alter(ctx, books.Alter{Request: grant.Request, Key: grant.Key, Limit: limit})
-		if err != nil || out.Limit > have || out.Others == 0 {
+		switch {
+		case ctx.Err() != nil:
+			return max(out.Limit, have), nil
+		case err != nil || out.Limit > have || out.Others == 0:
 			return max(out.Limit, have), err
 		}
 		select {

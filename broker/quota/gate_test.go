@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -190,10 +191,10 @@ func TestLostAnswer(t *testing.T) {
 	in(t, func(t *testing.T) {
 		f := &fake{}
 		g, _ := start(t, f, quota.Config{Shards: 1})
-		n := 0
+		var n atomic.Int32
 		f.set(func() {
 			f.take = func(turn books.Turn) (books.Outcomes, error) {
-				if n++; n == 1 {
+				if n.Add(1) == 1 {
 					return books.Outcomes{}, errUnavailable
 				}
 				return yes(turn), nil
@@ -219,11 +220,11 @@ func TestLostAnswer(t *testing.T) {
 			t.Errorf("%+v", turns)
 		}
 		// Refused the second time, it may still have been let in the first time.
-		n = 0
+		n.Store(0)
 		f.set(func() {
 			f.turns = nil
 			f.take = func(turn books.Turn) (books.Outcomes, error) {
-				if n++; n == 1 {
+				if n.Add(1) == 1 {
 					return books.Outcomes{}, errUnavailable
 				}
 				if len(turn.Admit) == 0 {
@@ -373,6 +374,50 @@ func TestAway(t *testing.T) {
 	})
 }
 
+// The process was stopped for longer than its lease. Until it knows better, nothing may
+// be delivered, even if it then finds that the books are away.
+func TestStopped(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		epoch  int64 // after the stop
+		err    error
+		expire bool
+	}{
+		{"and nobody took the lease", 0, nil, false},
+		{"and the lease was taken", 1, nil, true},
+		{"and the books are away", 0, errUnavailable, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			in(t, func(t *testing.T) {
+				f := &fake{}
+				g, _ := start(t, f, quota.Config{})
+				grant, err := g.Admit(t.Context(), ask("k"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				hang := make(chan struct{}) // a renewal hangs, as if nothing ran
+				f.set(func() { f.hang = hang })
+				time.Sleep(9 * time.Second)
+				if grant.Expired() {
+					t.Error("expired within its lease")
+				}
+				time.Sleep(time.Minute)
+				if !grant.Expired() {
+					t.Error("not expired after the stop")
+				}
+				f.set(func() { f.lease.Epoch, f.err, f.hang = c.epoch, c.err, nil })
+				close(hang)
+				synctest.Wait()
+				time.Sleep(5 * time.Second)
+				if grant.Expired() != c.expire {
+					t.Errorf("expired: %t", !c.expire)
+				}
+				f.set(func() { f.err = nil })
+			})
+		})
+	}
+}
+
 func TestExtend(t *testing.T) {
 	in(t, func(t *testing.T) {
 		f := &fake{}
@@ -384,13 +429,16 @@ func TestExtend(t *testing.T) {
 			t.Fatalf("%+v, %v", grant, err)
 		}
 		answer := func(list ...books.Altered) {
+			synctest.Wait() // for what was given up
 			f.set(func() {
-				f.take = func(books.Turn) (books.Outcomes, error) {
-					x := list[0]
-					if len(list) > 1 {
-						list = list[1:]
+				f.take = func(turn books.Turn) (out books.Outcomes, err error) {
+					for range turn.Alter {
+						out.Altered = append(out.Altered, list[0])
+						if len(list) > 1 {
+							list = list[1:]
+						}
 					}
-					return books.Outcomes{Altered: []books.Altered{x}}, nil
+					return out, nil
 				}
 			})
 		}

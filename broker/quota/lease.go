@@ -35,11 +35,11 @@ type lease struct {
 	log   *slog.Logger
 	now   chan struct{} // holds one token: renew at once
 
-	mu    sync.RWMutex
-	term  *term     // nil: there was none yet, or it was given back
-	until time.Time // as long as that, it surely holds
-	tried time.Time // when the last try ended
-	// slept says that the lease ran out while nobody tried to renew it.
+	mu     sync.RWMutex
+	term   *term     // nil: there was none yet, or it was given back
+	until  time.Time // as long as that, it surely holds
+	marked time.Time // when a try last began or ended
+	// slept says that the lease ran out while this process didn't run.
 	slept bool
 }
 
@@ -63,10 +63,10 @@ func (l *lease) current(now time.Time) *term {
 func (l *lease) doubtful(now time.Time) bool {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	return !now.Before(l.until) && (l.slept || now.Sub(l.tried) > l.maxPause())
+	return !now.Before(l.until) && (l.slept || now.Sub(l.marked) > l.maxPause())
 }
 
-// maxPause is how far apart two tries are at most, while this process runs.
+// maxPause is more than what lies between two marks while this process runs.
 func (l *lease) maxPause() time.Duration { return l.ttl / 2 }
 
 // doubt has the lease renewed at once, because the books say that it is another.
@@ -94,20 +94,26 @@ func (l *lease) run(ctx context.Context) {
 	}
 }
 
+// mark notes that this process runs. l.mu is held.
+func (l *lease) mark(now time.Time) {
+	if !now.Before(l.until) && now.Sub(l.marked) > l.maxPause() {
+		l.slept = true
+	}
+	l.marked = now
+}
+
 // renew renews the lease once.
 func (l *lease) renew(ctx context.Context) bool {
 	begun := time.Now()
 	l.mu.Lock()
-	if !begun.Before(l.until) && begun.Sub(l.tried) > l.maxPause() {
-		l.slept = true
-	}
+	l.mark(begun)
 	l.mu.Unlock()
 	bounded, cancel := context.WithTimeout(ctx, l.ttl/4)
 	defer cancel()
 	got, err := l.books.RenewLease(bounded, l.owner, l.ttl)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.tried = time.Now()
+	l.mark(time.Now())
 	if err != nil {
 		if ctx.Err() == nil {
 			l.log.Warn("the lease wasn't renewed", "error", err)

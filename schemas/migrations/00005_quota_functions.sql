@@ -30,7 +30,7 @@ $$;
 -- through here, tenants before keys, each in the order of ids, missing rows before
 -- others: so two callers never wait for each other.
 CREATE FUNCTION books_lock(tenants text[], keys text[]) RETURNS void
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET enable_material = off AS $$
 BEGIN
     IF cardinality(tenants) > 0 THEN
         INSERT INTO tenant_buckets (tenant_id)
@@ -64,7 +64,7 @@ CREATE FUNCTION books_admit(
     reason text, granted bigint, reserved_amount bigint, token_price bigint, charged_month date,
     slots integer, slots_free integer, budget bigint, budget_free bigint, wait_ms bigint
 )
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET enable_material = off AS $$
 #variable_conflict use_column
 DECLARE
     moment       timestamptz := coalesce(at, now());
@@ -214,7 +214,7 @@ END $$;
 -- What was granted is kept even if the cap has been lowered since.
 CREATE FUNCTION books_change(ids text[], keys text[], prompts bigint[], limits bigint[], agents text[])
 RETURNS TABLE (state text, limit_tokens bigint, amount bigint, others bigint)
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET enable_material = off AS $$
 #variable_conflict use_column
 DECLARE
     no_cap CONSTANT bigint := 4000000000000000000;
@@ -257,7 +257,7 @@ END $$;
 -- more. There is one row for each request, in no order: the state that it was in.
 CREATE FUNCTION books_settle(at timestamptz, ids text[], keys text[], prompts bigint[], completions bigint[], outcomes text[])
 RETURNS TABLE (id text, state text)
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off SET enable_material = off AS $$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY WITH found AS MATERIALIZED (
