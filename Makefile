@@ -39,8 +39,8 @@ test: setup vet lint cross ## everything, on real parts; installs what that need
 	$(TEST) -race -p $(PARALLEL) -timeout 30m ./...
 
 .PHONY: check
-check: format vet lint ## the gate before a commit: format, vet, linter, short tests
-	$(TEST) -short ./...
+check: format vet lint ## the gate before a commit: format, vet, linter, short tests of each package
+	$(TEST) -short -p $(PARALLEL) $$(go list ./... | grep -v /internal/e2e)
 
 .PHONY: setup
 setup: ## install what the tests need

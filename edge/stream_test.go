@@ -22,7 +22,7 @@ import (
 // Until the first token there is no status, so that whatever goes wrong has a real one.
 func TestStatusIsHeldUntilTheFirstToken(t *testing.T) {
 	t.Parallel()
-	h := build(t, plan{dispatch: func(c *dispatch.Config) { c.FirstToken = 400 * time.Millisecond }})
+	h := build(t, plan{dispatch: func(c *dispatch.Config) { c.FirstToken = 1500 * time.Millisecond }})
 	const delay = 250 * time.Millisecond
 	c := h.dial()
 	start := time.Now()
@@ -103,8 +103,8 @@ func TestKeepAlive(t *testing.T) {
 	}
 
 	for demo, code := range map[string]string{
-		`"first_token_ms":400,"die_after":0`: "backend_error", // the worker tries twice
-		`"stall_after":0`:                    "agent_timeout",
+		`"first_token_ms":400,"error_after":0`: "backend_error",
+		`"stall_after":0`:                      "agent_timeout",
 	} {
 		text, _ := read(`"stream":true,"demo":{"tokens":2,` + demo + `}`)
 		last, ok := strings.CutPrefix(strings.ReplaceAll(text, comment, ""), "data: ")
@@ -162,9 +162,9 @@ func TestErrorsInAStream(t *testing.T) {
 func TestTokensAreFlushedAtOnce(t *testing.T) {
 	t.Parallel()
 	h := build(t, plan{})
-	const pace = 150 * time.Millisecond
+	const pace = 250 * time.Millisecond
 	c := h.dial()
-	c.post(h.key, ask(`"stream":true,"demo":{"tokens":6,"numbered":true,"tokens_per_second":6.6666}`))
+	c.post(h.key, ask(`"stream":true,"demo":{"tokens":6,"numbered":true,"tokens_per_second":4}`))
 	lines := bufio.NewReader(c.answer("POST").Body)
 	var at []time.Time
 	for {
@@ -179,11 +179,19 @@ func TestTokensAreFlushedAtOnce(t *testing.T) {
 	if len(at) != 6 {
 		t.Fatalf("%d tokens", len(at))
 	}
+	var gaps []time.Duration
+	short := 0
 	for i := 1; i < len(at); i++ {
-		// A token that is held back arrives together with the next.
-		if gap := at[i].Sub(at[i-1]); gap < pace/3 || gap > pace+slack {
-			t.Errorf("token %d came %s after the one before, they are made %s apart", i, gap, pace)
+		gap := at[i].Sub(at[i-1])
+		gaps = append(gaps, gap)
+		if gap < pace/10 {
+			short++
 		}
+	}
+	// A token that is held back comes together with the next. A busy machine makes one
+	// late, but not one after the other.
+	if short > 1 {
+		t.Errorf("tokens that are made %s apart came with gaps of %s", pace, gaps)
 	}
 }
 

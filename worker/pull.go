@@ -184,7 +184,8 @@ func (p *puller) deliver(ctx, life context.Context, m *nats.Msg, jobs *sync.Wait
 		return
 	}
 	if !p.w.adopt(r) {
-		p.w.log.Info("job delivered again, its run goes on", "request", r.job.Request)
+		p.w.log.Info("job delivered again", "request", r.job.Request)
+		r.cancel(nil)
 		return
 	}
 	jobs.Add(1)

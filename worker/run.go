@@ -259,7 +259,7 @@ func (r *run) finish(ctx context.Context, err error) {
 		}
 		r.fail(schemas.AsError(err))
 	}
-	r.awaitHeard()
+	r.awaitHeard(r.life)
 	r.settle(ackDone)
 }
 

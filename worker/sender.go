@@ -306,13 +306,15 @@ func (s *sender) settle(word string) {
 	s.w.ack(subject, word)
 }
 
-// awaitHeard waits until the owner has the last frame, or can't be brought to take it.
-func (s *sender) awaitHeard() {
+// awaitHeard waits until the owner has the last frame, or can't be brought to take it,
+// or the worker's life ends.
+func (s *sender) awaitHeard(life context.Context) {
 	timer := time.NewTimer(lastWordWait)
 	defer timer.Stop()
 	select {
 	case <-s.heard:
 	case <-timer.C:
+	case <-life.Done():
 	}
 }
 

@@ -61,6 +61,7 @@ type Worker struct {
 	state schemas.AgentState
 	runs  map[schemas.Nonce]*run // the jobs at hand
 	byRun map[string]*run        // the same, by the name of the run
+	past  past                   // the jobs that were at hand
 }
 
 // New returns a worker that uses the two connections. The caller closes them.
@@ -73,6 +74,7 @@ func New(tokens, bulk *nats.Conn, cfg Config, log *slog.Logger) *Worker {
 		state:       schemas.AgentUp,
 		runs:        make(map[schemas.Nonce]*run),
 		byRun:       make(map[string]*run),
+		past:        past{set: make(map[schemas.Nonce]struct{})},
 	}
 	w.stock = newStock(cfg.Backends, w.log)
 	return w
@@ -154,13 +156,17 @@ func (w *Worker) drain(stop context.CancelCauseFunc, jobs *sync.WaitGroup) {
 		r.cancel(errDraining)
 	}
 	// Each sends its error and goes; the ones whose owner doesn't answer give up.
+	timer.Reset(drainWords)
 	select {
 	case <-finished:
-	case <-time.After(lastWordWait):
+	case <-timer.C:
 		stop(errDraining)
 		<-finished
 	}
 }
+
+// drainWords is how long jobs that the drain has ended may try to tell their owners.
+const drainWords = 3 * time.Second
 
 func (w *Worker) setState(s schemas.AgentState) {
 	w.mu.Lock()
@@ -179,14 +185,19 @@ func (w *Worker) list() []*run {
 	return list
 }
 
-// adopt registers a job that was delivered. If it is at hand already, JetStream has
-// delivered it again, because a server forgot what it knew of the first delivery:
-// then the run goes on, and answers for the new delivery.
+// adopt registers a job that was delivered. If the worker has it already, JetStream has
+// delivered it again, because a server forgot what it knew of the first delivery: a run
+// that is at hand goes on, and answers for the new delivery; one that has ended has
+// nothing left to do but to be acknowledged.
 func (w *Worker) adopt(r *run) (isNew bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if old := w.runs[r.job.Nonce]; old != nil {
 		old.redelivered(r.ackSubject)
+		return false
+	}
+	if w.past.has(r.job.Nonce) {
+		w.ack(r.ackSubject, ackTerm)
 		return false
 	}
 	w.runs[r.job.Nonce] = r
@@ -199,6 +210,32 @@ func (w *Worker) forget(r *run) {
 	defer w.mu.Unlock()
 	delete(w.runs, r.job.Nonce)
 	delete(w.byRun, r.id)
+	w.past.add(r.job.Nonce)
+}
+
+// past remembers the latest pastKept jobs.
+type past struct {
+	set   map[schemas.Nonce]struct{}
+	order []schemas.Nonce // a ring, once it is full
+	next  int
+}
+
+const pastKept = 1024
+
+func (p *past) has(n schemas.Nonce) bool {
+	_, ok := p.set[n]
+	return ok
+}
+
+func (p *past) add(n schemas.Nonce) {
+	if len(p.order) < pastKept {
+		p.order = append(p.order, n)
+	} else {
+		delete(p.set, p.order[p.next])
+		p.order[p.next] = n
+		p.next = (p.next + 1) % pastKept
+	}
+	p.set[n] = struct{}{}
 }
 
 // signal gives the one token that c holds.

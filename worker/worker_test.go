@@ -53,7 +53,7 @@ func wide() []schemas.Model {
 func TestReplyLargerThanWhatIsKept(t *testing.T) {
 	t.Parallel()
 	faults := demo.NoFaults()
-	faults.Text = strings.Repeat("0123456789abcde ", 20<<20/16)
+	faults.Text = strings.Repeat("0123456789abcde ", 12<<20/16)
 	h, _ := one(t, demo.Options{Models: wide(), Faults: &faults}, 0)
 	c := h.start(request("demo", false, nil))
 	if err := c.end(); err != nil {

@@ -35,3 +35,39 @@ func (s *Store) SetClock(clock func() time.Time) { s.clock = clock }
 
 // ExpireGrace is how long after its deadline a request may still be settled.
 const ExpireGrace = expireGrace
+
+// Meanwhile has work wait for the row that the statement lock has locked, changes the
+// books by the statement change while it waits, and returns when both are done. $1 is id in
+// both, and the other arguments of change begin with $2.
+func (s *Store) Meanwhile(ctx context.Context, lock, id string, work func(), change string, args ...any) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second) // for work that doesn't wait
+	defer cancel()
+	tx, err := s.pool.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback(ctx) //nolint:errcheck // after a commit there is nothing left of it
+	if _, err := tx.Exec(ctx, lock, id); err != nil {
+		return err
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		work()
+	}()
+	for waiting := false; !waiting; {
+		err := s.pool.QueryRow(ctx, `
+			SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`).Scan(&waiting)
+		if err != nil {
+			return err
+		}
+	}
+	if _, err := tx.Exec(ctx, change, append([]any{id}, args...)...); err != nil {
+		return err
+	}
+	if err := tx.Commit(ctx); err != nil {
+		return err
+	}
+	<-done
+	return nil
+}

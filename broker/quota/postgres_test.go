@@ -264,9 +264,12 @@ func TestRaceForBucket(t *testing.T) {
 	for range 3 {
 		g, _ := start(t, h.open(h.address), quota.Config{})
 		for range 20 {
+			key := h.newKey(nil, 1_000_000) // of its own, so that they meet at the bucket only
 			wg.Go(func() {
 				for time.Since(begun) < 2*time.Second {
-					_, err := g.Admit(t.Context(), h.ask(1, 1))
+					a := h.ask(1, 1)
+					a.Key = key
+					_, err := g.Admit(t.Context(), a)
 					if err == nil {
 						admitted.Add(1)
 						continue

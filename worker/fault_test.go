@@ -1,0 +1,305 @@
+package worker_test
+
+import (
+	"context"
+	"encoding/json"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/schemas"
+	"github.com/ownllm/ownllm/worker/demo"
+)
+
+// deleteConsumer makes JetStream forget what it has delivered, as a restart does.
+func (h *house) deleteConsumer(model string) {
+	h.t.Helper()
+	subject := "$JS.API.CONSUMER.DELETE." + schemas.JobStream + "." + bus.ConsumerName(agent, model)
+	m, err := h.tokens.Request(subject, nil, patience)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	var answer struct {
+		Success bool `json:"success"`
+	}
+	if err := json.Unmarshal(m.Data, &answer); err != nil || !answer.Success {
+		h.t.Fatalf("consumer not deleted: %s", m.Data)
+	}
+}
+
+// delivered counts the deliveries of the consumer, and those that wait for their
+// acknowledgement.
+func (h *house) delivered(model string) (all, pending int) {
+	m, err := h.tokens.Request("$JS.API.CONSUMER.INFO."+schemas.JobStream+"."+bus.ConsumerName(agent, model), nil, patience)
+	if err != nil {
+		return 0, 0 // not made yet
+	}
+	var info struct {
+		Delivered struct {
+			Consumer int `json:"consumer_seq"`
+		} `json:"delivered"`
+		Pending int `json:"num_ack_pending"`
+	}
+	if err := json.Unmarshal(m.Data, &info); err != nil {
+		h.t.Fatal(err)
+	}
+	return info.Delivered.Consumer, info.Pending
+}
+
+// A consumer that is made anew delivers what runs as if for the first time. The run goes
+// on, and its end takes the job out of the queue.
+func TestJobThatIsDeliveredAgain(t *testing.T) {
+	t.Parallel()
+	h, s := one(t, demo.Options{}, 4)
+	c := h.start(request("demo", true, numbered(40, 3*time.Second))).begin()
+	h.deleteConsumer("demo")
+	until(t, "the second delivery", func() bool { all, _ := h.delivered("demo"); return all == 1 })
+	other := h.start(request("demo", true, numbered(3, 0)))
+	other.wantNumbered(3)
+	c.wantNumbered(40)
+	if n := s.stats().Started; n != 2 {
+		t.Errorf("the backend got %d requests, want 2", n)
+	}
+	until(t, "an empty queue", func() bool { return h.depth() == 0 })
+	if _, pending := h.delivered("demo"); pending != 0 {
+		t.Errorf("%d deliveries aren't acknowledged", pending)
+	}
+}
+
+// The bus is restarted in the middle of streams, with one job waiting: each runs once, and
+// nobody misses a token.
+func TestRestartOfTheBus(t *testing.T) {
+	t.Parallel()
+	h, s := one(t, demo.Options{}, 2)
+	const tokens = 300
+	chats := []*chat{
+		h.start(request("demo", true, numbered(tokens, 5*time.Second))).begin(),
+		h.start(request("demo", true, numbered(tokens, 3*time.Second))).begin(),
+		h.start(request("demo", true, numbered(tokens, 0))),
+	}
+	before := s.stats().Tokens
+	h.nats.Restart(func() {
+		until(t, "tokens that nobody hears", func() bool { return s.stats().Tokens > before+50 })
+	})
+	for _, c := range chats {
+		c.wantNumbered(tokens)
+	}
+	if n := s.stats(); n.Started != 3 || n.Aborted != 0 {
+		t.Errorf("the backend saw %+v, want 3 requests", n)
+	}
+	until(t, "an empty queue", func() bool { return h.depth() == 0 })
+	h.start(request("demo", true, numbered(3, 0))).wantNumbered(3)
+}
+
+// Nobody is there any more who wants the reply: the backend is free again soon.
+func TestOwnerThatDies(t *testing.T) {
+	t.Parallel()
+	h, s := one(t, demo.Options{}, 1)
+	h.start(request("demo", true, numbered(6000, 10*time.Minute))).begin()
+	h.stopOwner()
+	died := time.Now()
+	until(t, "the backend to be free", func() bool { return s.stats().Active == 0 })
+	if took := time.Since(died); took > 8*time.Second {
+		t.Errorf("that took %s", took)
+	}
+	until(t, "an empty queue", func() bool { return h.depth() == 0 })
+}
+
+// owner is an owner that a test plays by hand.
+type owner struct {
+	h      *house
+	nc     *nats.Conn
+	id     schemas.OwnerID
+	frames *nats.Subscription
+}
+
+func (h *house) owner() *owner {
+	h.t.Helper()
+	o := &owner{h: h, nc: h.nats.Connect("other owner"), id: schemas.NewOwnerID()}
+	var err error
+	if o.frames, err = o.nc.SubscribeSync(schemas.OutWildcard(o.id)); err != nil {
+		h.t.Fatal(err)
+	}
+	return o
+}
+
+// job is one that the worker would run.
+func (o *owner) job(deadline time.Time) *schemas.Job {
+	return &schemas.Job{
+		Version: schemas.ProtocolVersion, Request: schemas.NewRequestID(), Attempt: 1, Nonce: schemas.NewNonce(),
+		Owner: o.id, Tenant: tenant, Operation: "chat", Model: "demo", ReplyModel: "demo",
+		Deadline: deadline.UnixMilli(), Completion: "chatcmpl-1", Stream: true,
+	}
+}
+
+const body = `{"model":"demo","messages":[{"role":"user","content":"Hi"}],"stream":true}`
+
+// publish puts a job into the queue.
+func (o *owner) publish(job *schemas.Job) {
+	o.h.t.Helper()
+	if _, err := o.h.queue.Publish(o.h.t.Context(), agent, job, body, nats.Header{}); err != nil {
+		o.h.t.Fatal(err)
+	}
+}
+
+// answer waits for a frame of the kind and answers every frame before it, and it, too.
+func (o *owner) answer(kind schemas.FrameKind, v schemas.Verdict) schemas.Frame {
+	o.h.t.Helper()
+	for {
+		m, err := o.frames.NextMsg(patience)
+		if err != nil {
+			o.h.t.Fatalf("no frame of kind %s: %v", kind, err)
+		}
+		f, err := schemas.DecodeFrame(m.Data)
+		if err != nil {
+			o.h.t.Fatal(err)
+		}
+		v.Seq = f.Seq
+		if v.Go {
+			v.Next = f.Seq + 1
+		}
+		if m.Reply != "" {
+			if err := m.Respond(v.Encode()); err != nil {
+				o.h.t.Fatal(err)
+			}
+		}
+		if f.Kind == kind {
+			return f
+		}
+	}
+}
+
+// A job whose time is up isn't run, and its owner hears why: if the two clocks don't
+// agree, it would wait in vain.
+func TestLateJob(t *testing.T) {
+	t.Parallel()
+	h, s := one(t, demo.Options{}, 1)
+	o := h.owner()
+	o.publish(o.job(time.Now().Add(-time.Second)))
+	f := o.answer(schemas.FrameError, schemas.Verdict{Go: true})
+	if f.Error.Code != schemas.CodeAgentTimeout {
+		t.Errorf("the owner hears %v", f.Error)
+	}
+	until(t, "an empty queue", func() bool { return h.depth() == 0 })
+	if n := s.stats().Started; n != 0 {
+		t.Errorf("the backend got %d requests", n)
+	}
+}
+
+// An owner that refuses the claim gets nothing more, and the job is gone.
+func TestRefusedClaim(t *testing.T) {
+	t.Parallel()
+	h, s := one(t, demo.Options{}, 1)
+	o := h.owner()
+	for _, reason := range []string{schemas.ReasonCancelled, schemas.ReasonSuperseded, schemas.ReasonFinished} {
+		o.publish(o.job(time.Now().Add(time.Minute)))
+		o.answer(schemas.FrameClaim, schemas.Verdict{Reason: reason})
+		until(t, "an empty queue after "+reason, func() bool { return h.depth() == 0 && s.stats().Active == 0 })
+	}
+	h.start(request("demo", true, numbered(3, 0))).wantNumbered(3)
+}
+
+// What can't be read, or isn't for this worker, is taken out of the queue, and the ones
+// behind it are served.
+func TestJobsThatAreNone(t *testing.T) {
+	t.Parallel()
+	h, s := one(t, demo.Options{}, 1)
+	subject := schemas.JobSubject(tenant, agent, "demo")
+	o := h.owner()
+	for name, change := range map[string]func(*schemas.Job){
+		"another tenant":  func(j *schemas.Job) { j.Tenant = "ten_2" },
+		"another version": func(j *schemas.Job) { j.Version++ },
+		"no request":      func(j *schemas.Job) { j.Request = "" },
+	} {
+		job := o.job(time.Now().Add(time.Minute))
+		change(job)
+		payload, err := job.Encode(body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.nc.Request(subject, payload, patience); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+	}
+	for _, payload := range []string{"", "\n", "{}\n{}", "no job at all"} {
+		if _, err := o.nc.Request(subject, []byte(payload), patience); err != nil {
+			t.Fatalf("%q: %v", payload, err)
+		}
+	}
+	until(t, "an empty queue", func() bool { return h.depth() == 0 })
+	if n := s.stats().Started; n != 0 {
+		t.Errorf("the backend got %d requests", n)
+	}
+	h.start(request("demo", true, numbered(3, 0))).wantNumbered(3)
+}
+
+// A model that the worker has lost meanwhile is said to be gone.
+func TestModelThatIsGone(t *testing.T) {
+	t.Parallel()
+	h, s := one(t, demo.Options{Models: models("old", "stays")}, 1)
+	busy := h.start(request("stays", true, numbered(10, 5*time.Second))).begin()
+	waiting := h.start(request("old", true, nil))
+	s.demo.Store(demo.New(demo.Options{Models: models("new", "stays")}))
+	began := time.Now()
+	until(t, "the new model", func() bool { return h.state("new") == schemas.ModelReady && h.state("old") == "" })
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("that took %s", took)
+	}
+	fresh := h.start(request("new", true, numbered(3, 0)))
+	busy.wantNumbered(10)
+	if err := waiting.end(); err == nil || err.Code != schemas.CodeModelNotFound {
+		t.Errorf("a request for a model that is gone ends with %v", err)
+	}
+	fresh.wantNumbered(3)
+	until(t, "an empty queue", func() bool { return h.depth() == 0 })
+}
+
+// While its server is down a model is known, as failed; then it is back.
+func TestBackendThatIsDown(t *testing.T) {
+	t.Parallel()
+	h, s := one(t, demo.Options{}, 1)
+	up := s.demo.Swap(nil)
+	until(t, "the model to fail", func() bool { return h.state("demo") == schemas.ModelFailed })
+	if _, err := h.d.Start(context.Background(), request("demo", true, nil)); err == nil || schemas.AsError(err).Code != schemas.CodeBackendError {
+		t.Errorf("a request for it gets %v", err)
+	}
+	s.demo.Store(up)
+	until(t, "the model to be back", func() bool { return h.state("demo") == schemas.ModelReady })
+	h.start(request("demo", true, numbered(3, 0))).wantNumbered(3)
+}
+
+// Many requests for a model that has to be loaded cause one load, and all are answered.
+func TestColdModel(t *testing.T) {
+	t.Parallel()
+	faults := demo.NoFaults()
+	faults.LoadMS = 1500
+	cold := models("demo")
+	cold[0].State = schemas.ModelCold
+	h, s := one(t, demo.Options{Models: cold, Faults: &faults}, 2)
+	if got := h.state("demo"); got != schemas.ModelCold {
+		t.Fatalf("the model is %s", got)
+	}
+	const requests = 8
+	var chats []*chat
+	for range requests {
+		chats = append(chats, h.start(request("demo", true, numbered(3, 0))))
+	}
+	until(t, "the load to be told", func() bool { return h.state("demo") == schemas.ModelLoading })
+	o := h.owner()
+	o.publish(o.job(time.Now().Add(time.Minute))) // it doesn't wait for a load
+	refusal := o.answer(schemas.FrameError, schemas.Verdict{Go: true}).Error
+	if after := refusal.RetryAfterSeconds(); refusal.Code != schemas.CodeModelLoading || after < 2 || after > 10 {
+		t.Errorf("who can't wait gets %v and comes back after %d s", refusal, after)
+	}
+	for _, c := range chats {
+		c.wantNumbered(3)
+	}
+	// The load itself is a request to the backend.
+	if n := s.stats(); n.Started != requests+1 || n.Peak > 2 {
+		t.Errorf("the backend saw %+v, want %d requests and one that loads", n, requests)
+	}
+	until(t, "the model to be ready", func() bool { return h.state("demo") == schemas.ModelReady })
+	until(t, "an empty queue", func() bool { return h.depth() == 0 })
+}
