@@ -59,10 +59,14 @@ func TestJobThatIsDeliveredAgain(t *testing.T) {
 	other := h.start(request("demo", true, numbered(3, 0)))
 	other.wantNumbered(3)
 	c.wantNumbered(40)
+	ended := time.Now()
 	if n := s.stats().Started; n != 2 {
 		t.Errorf("the backend got %d requests, want 2", n)
 	}
 	until(t, "an empty queue", func() bool { return h.depth() == 0 })
+	if took := time.Since(ended); took > bus.AckWait/2 {
+		t.Errorf("the job left the queue after %s: the second delivery wasn't answered for", took)
+	}
 	if _, pending := h.delivered("demo"); pending != 0 {
 		t.Errorf("%d deliveries aren't acknowledged", pending)
 	}

@@ -39,7 +39,9 @@ func TestSlots(t *testing.T) {
 		defer func() {
 			for _, w := range waiting {
 				w.cancel(errLeft)
-				<-w.got
+				if err := <-w.got; err != nil && !errors.Is(err, errLeft) {
+					t.Errorf("a waiter that left got %v", err)
+				}
 			}
 		}()
 		t.Repeat(map[string]func(*rapid.T){

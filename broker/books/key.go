@@ -17,7 +17,9 @@ const defaultConcurrency = 32
 type Key struct {
 	ID     schemas.KeyID    `json:"id"`
 	Tenant schemas.TenantID `json:"tenant_id"`
+	Slug   string           `json:"tenant_slug"`
 	User   schemas.UserID   `json:"user_id"`
+	Email  string           `json:"email"` // of the user
 	Name   string           `json:"name"`
 	// Prefix is the part of the secret that may be seen.
 	Prefix string `json:"prefix"`
@@ -70,11 +72,12 @@ func (n NewKey) checked() (_ NewKey, err error) {
 	return n, nil
 }
 
-const keyColumns = `id, tenant_id, user_id, name, prefix, scopes, budget_cents, concurrency, expires_at, revoked_at, created_at`
+const keyColumns = `id, tenant_id, (SELECT slug FROM tenants WHERE tenants.id = api_keys.tenant_id),
+	user_id, (SELECT email FROM users WHERE users.id = api_keys.user_id), name, prefix, scopes, budget_cents, concurrency, expires_at, revoked_at, created_at`
 
 func scanKey(row pgx.CollectableRow) (Key, error) {
 	var k Key
-	err := row.Scan(&k.ID, &k.Tenant, &k.User, &k.Name, &k.Prefix, &k.Scopes, &k.BudgetCents, &k.Concurrency,
+	err := row.Scan(&k.ID, &k.Tenant, &k.Slug, &k.User, &k.Email, &k.Name, &k.Prefix, &k.Scopes, &k.BudgetCents, &k.Concurrency,
 		&k.ExpiresAt, &k.RevokedAt, &k.CreatedAt)
 	return k, err
 }

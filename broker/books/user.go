@@ -23,6 +23,7 @@ const (
 type User struct {
 	ID     schemas.UserID   `json:"id"`
 	Tenant schemas.TenantID `json:"tenant_id"`
+	Slug   string           `json:"tenant_slug"`
 	// Email is unique within the tenant, whatever its case.
 	Email     string    `json:"email"`
 	State     UserState `json:"state"`
@@ -36,11 +37,11 @@ type NewUser struct {
 	Email  string
 }
 
-const userColumns = `id, tenant_id, email, state, created_at, updated_at`
+const userColumns = `id, tenant_id, (SELECT slug FROM tenants WHERE tenants.id = users.tenant_id), email, state, created_at, updated_at`
 
 func scanUser(row pgx.CollectableRow) (User, error) {
 	var u User
-	err := row.Scan(&u.ID, &u.Tenant, &u.Email, &u.State, &u.CreatedAt, &u.UpdatedAt)
+	err := row.Scan(&u.ID, &u.Tenant, &u.Slug, &u.Email, &u.State, &u.CreatedAt, &u.UpdatedAt)
 	return u, err
 }
 

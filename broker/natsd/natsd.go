@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -75,8 +76,13 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("embedded nats-server: %w", err)
 	}
-	srv.SetLoggerV2(logger{cfg.Log.With("component", "nats")}, false, false, false)
+	log := logger{cfg.Log.With("component", "nats"), new(atomic.Pointer[string])}
+	srv.SetLoggerV2(log, false, false, false)
 	srv.Start()
+	if reason := log.fatal.Load(); reason != nil {
+		srv.Shutdown()
+		return nil, fmt.Errorf("embedded nats-server: %s", *reason)
+	}
 	deadline := 20 * time.Second
 	if d, ok := ctx.Deadline(); ok {
 		deadline = min(deadline, time.Until(d))
@@ -118,11 +124,19 @@ func (s *Server) Stop() {
 
 // logger writes the server's log lines to slog. Its notices are many and are meant
 // for operators of NATS, so they are debug here.
-type logger struct{ log *slog.Logger }
+type logger struct {
+	log   *slog.Logger
+	fatal *atomic.Pointer[string] // why the server can't run, if it can't
+}
 
 func (l logger) Noticef(format string, v ...any) { l.log.Debug(fmt.Sprintf(format, v...)) }
 func (l logger) Warnf(format string, v ...any)   { l.log.Warn(fmt.Sprintf(format, v...)) }
 func (l logger) Errorf(format string, v ...any)  { l.log.Error(fmt.Sprintf(format, v...)) }
-func (l logger) Fatalf(format string, v ...any)  { l.log.Error(fmt.Sprintf(format, v...)) }
 func (l logger) Debugf(format string, v ...any)  { l.log.Debug(fmt.Sprintf(format, v...)) }
 func (l logger) Tracef(string, ...any)           {}
+
+// Fatalf notes what would end a nats-server that runs by itself.
+func (l logger) Fatalf(format string, v ...any) {
+	reason := fmt.Sprintf(format, v...)
+	l.fatal.Store(&reason)
+}

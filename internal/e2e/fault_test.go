@@ -96,7 +96,7 @@ func TestAgentDiesBeforeFirstToken(t *testing.T) {
 	killed.Go(func() {
 		stack.Until(t, 20*time.Second, "jobs to run", func() bool { return slow.Stats().Active == 2 })
 		stack.Until(t, 20*time.Second, "jobs to wait", func() bool { return jobs(t, c) == streams })
-		c.StartWorker(quick.URL, "--slots", "2")
+		c.StartWorker(quick.URL, "--slots", "2").Serving()
 		doomed.Kill()
 	})
 	start := time.Now()
@@ -224,7 +224,7 @@ func TestWorkerDrains(t *testing.T) {
 		stack.Until(t, 20*time.Second, "jobs to run and wait", func() bool {
 			return backend.Stats().Active == 2 && backend.Stats().Tokens > 4 && jobs(t, c) == streams
 		})
-		c.StartWorker(backend.URL, "--slots", "2")
+		c.StartWorker(backend.URL, "--slots", "2").Serving()
 		first.Signal(syscall.SIGTERM)
 	})
 	replies := together(streams, func(int) reply {

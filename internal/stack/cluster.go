@@ -2,6 +2,7 @@ package stack
 
 import (
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -130,6 +131,16 @@ func (c *Cluster) StartWorker(backendURL string, args ...string) *Worker {
 	c.t.Helper()
 	c.agents++
 	return c.RestartWorker(filepath.Join(c.dir, "agent", schemas.EncodeToken(string(rune('a'+c.agents-1)))), backendURL, args...)
+}
+
+// Serving waits until the worker pulls jobs. An edge knows of it by then, but for what
+// the bus takes to bring it the heartbeat.
+func (w *Worker) Serving() *Worker {
+	w.t.Helper()
+	Until(w.t, startWait, "the worker to serve a model", func() bool {
+		return slices.ContainsFunc(w.Log(), func(line string) bool { return strings.Contains(line, "serving model") })
+	})
+	return w
 }
 
 // RestartWorker starts the worker of the agent that lives in dir.
