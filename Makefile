@@ -75,7 +75,7 @@ fuzz: ## every fuzz target, for FUZZTIME (10s) each
 	done
 
 .PHONY: bench
-bench: ## what the broker costs: direct against through the broker
+bench: ## what the broker costs: requests against direct ones, admissions against bare UPDATEs
 	go run ./internal/bench $(ARGS)
 
 .PHONY: clean

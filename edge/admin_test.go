@@ -1,12 +1,16 @@
 package edge_test
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
 	"testing"
 
+	"github.com/ownllm/ownllm/broker/apikey"
+	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/edge"
 	"github.com/ownllm/ownllm/internal/adminapi"
 	"github.com/ownllm/ownllm/schemas"
@@ -57,6 +61,7 @@ func TestAdminRequestsThatAreWrong(t *testing.T) {
 	t.Parallel()
 	h := build(t, plan{empty: true, edge: edge.Config{BodyLimit: 8 << 20}})
 	user := fmt.Sprintf(`"tenant":%q,"user":%q`, h.tenant.ID, h.user.ID)
+	before := h.written()
 	for _, test := range []struct{ method, path, body, code, param string }{
 		{"POST", "/tenants", ``, "invalid_json", ""},
 		{"POST", "/tenants", `{`, "invalid_json", ""},
@@ -71,16 +76,71 @@ func TestAdminRequestsThatAreWrong(t *testing.T) {
 		{"POST", "/tenants", `{"slug":"local"}`, "invalid_value", "slug"},
 		{"POST", "/tenants", `{"slug":"x","qsp":1}`, "invalid_value", "qsp"},
 		{"POST", "/tenants", `{"slug":"` + strings.Repeat("x", 1<<20) + `"}`, "request_too_large", ""},
+		{"POST", "/tenants", `null`, "invalid_json", ""},
+		{"POST", "/tenants", "{\"slug\":\"x\xff\"}", "invalid_json", ""},
+		{"POST", "/tenants", `{"Slug":"x"}`, "invalid_value", "Slug"},
+		{"POST", "/tenants", `{"slug":"x","` + strings.Repeat("y", 1000) + `":1}`, "invalid_value", strings.Repeat("y", 64) + "…"},
+		{"POST", "/tenants", `{"slug":"x'; DROP TABLE tenants; --"}`, "invalid_value", "slug"},
+		{"POST", "/tenants", `{"slug":"x\u0000"}`, "invalid_value", "slug"},
+		{"POST", "/tenants", `{"slug":"x","name":"a\u0000b"}`, "invalid_value", "name"},
+		{"POST", "/tenants", `{"slug":"x","name":"a\u001b[31mb"}`, "invalid_value", "name"},
+		{"POST", "/tenants", `{"slug":"x","name":"a\u202eb"}`, "invalid_value", "name"},
+		{"POST", "/tenants", `{"slug":"x","name":"` + strings.Repeat("é", 201) + `"}`, "invalid_value", "name"},
+		{"POST", "/tenants", `{"slug":"x","name":["a"]}`, "invalid_value", "name"},
+		{"POST", "/tenants", `{"slug":"x","qps":0}`, "invalid_value", "qps"},
+		{"POST", "/tenants", `{"slug":"x","qps":-1}`, "invalid_value", "qps"},
+		{"POST", "/tenants", `{"slug":"x","qps":1.5}`, "invalid_value", "qps"},
+		{"POST", "/tenants", `{"slug":"x","qps":"5"}`, "invalid_value", "qps"},
+		{"POST", "/tenants", `{"slug":"x","qps":1000001}`, "invalid_value", "qps"},
+		{"POST", "/tenants", `{"slug":"x","qps":9223372036854775808}`, "invalid_value", "qps"},
+		{"POST", "/tenants", `{"slug":"x","qps":` + strings.Repeat("9", 100_000) + `}`, "invalid_value", "qps"},
+		{"PATCH", "/tenants/local", `{"slug":"x"}`, "invalid_value", "slug"},
+		{"PATCH", "/tenants/local", `{"state":"suspended"}`, "invalid_value", "state"},
+		{"PATCH", "/tenants/local", `{"qps":0}`, "invalid_value", "qps"},
+		{"PATCH", "/tenants/local", `{"name":"\u0007"}`, "invalid_value", "name"},
+		{"PATCH", "/tenants/local", ``, "invalid_json", ""},
+		{"PATCH", "/tenants/nobody", `{"qps":1}`, "not_found", ""},
+		{"PUT", "/tenants/local", `{"qps":1}`, "method_not_allowed", ""},
 		{"POST", "/tenants/nobody/suspend", ``, "not_found", ""},
 		{"POST", "/tenants/nobody/delete", ``, "not_found", ""},
 		{"DELETE", "/tenants", ``, "method_not_allowed", ""},
 		{"POST", "/users", `{"tenant":"nobody","email":"a@b"}`, "not_found", ""},
 		{"POST", "/users", `{"tenant":"local","email":"what"}`, "invalid_value", "email"},
+		{"POST", "/users", `{"tenant":"local","email":"a@b\u0000"}`, "invalid_value", "email"},
+		{"POST", "/users", `{"tenant":"local","email":"a@b\u0085"}`, "invalid_value", "email"},
+		{"POST", "/users", `{"tenant":"local","email":"LOCAL@localhost"}`, "invalid_value", "email"},
+		{"POST", "/users", `{"tenant":"local\u0000","email":"a@b"}`, "not_found", ""},
+		{"POST", "/users", `{"tenant":"' OR 1=1 --","email":"a@b"}`, "not_found", ""},
 		{"POST", "/users/nobody/deactivate", ``, "not_found", ""},
 		{"GET", "/users?tenant=nobody", ``, "not_found", ""},
 		{"GET", "/tenants?limit=0", ``, "invalid_value", "limit"},
 		{"GET", "/tenants?limit=x", ``, "invalid_value", "limit"},
 		{"GET", "/tenants?limit=501", ``, "invalid_value", "limit"},
+		{"GET", "/tenants?tenant=local", ``, "invalid_value", "tenant"},
+		{"GET", "/keys?tenat=local", ``, "invalid_value", "tenat"},
+		{"GET", "/keys?tenant=local&tenant=x", ``, "invalid_value", "tenant"},
+		{"GET", "/keys?user=a@b", ``, "invalid_value", "user"},
+		{"GET", "/tenants?after=x", ``, "invalid_value", "after"},
+		{"GET", "/agents?after=x", ``, "invalid_value", "after"},
+		{"GET", "/models?after=x/y", ``, "invalid_value", "after"},
+		{"GET", "/prices?after=x", ``, "invalid_value", "after"},
+		{"GET", "/audit?after=-1", ``, "invalid_value", "after"},
+		{"GET", "/audit?tenant=nobody", ``, "not_found", ""},
+		{"GET", "/usage?after=x&by=day", ``, "invalid_value", "after"},
+		{"GET", "/usage?tenant=nobody", ``, "not_found", ""},
+		{"GET", "/usage?key=" + h.key, ``, "not_found", ""},
+		{"GET", "/usage?user=a@b", ``, "invalid_value", "user"},
+		{"GET", "/usage?by=hour", ``, "invalid_value", "by"},
+		{"GET", "/usage?by=day,day", ``, "invalid_value", "by"},
+		{"GET", "/usage?by=day,", ``, "invalid_value", "by"},
+		{"GET", "/usage?since=yesterday", ``, "invalid_value", "since"},
+		{"GET", "/usage?since=2026-02-30", ``, "invalid_value", "since"},
+		{"GET", "/usage?until=2026-11-01T00:00:00", ``, "invalid_value", "until"},
+		{"GET", "/usage?since=2026-11-02&until=2026-11-01", ``, "invalid_value", "until"},
+		{"GET", "/usage?format=xml", ``, "invalid_value", "format"},
+		{"GET", "/usage?format=csv&limit=5", ``, "invalid_value", "limit"},
+		{"GET", "/usage?format=csv&after=x", ``, "invalid_value", "after"},
+		{"GET", "/usage?model=a%00", ``, "invalid_value", "model"},
 		{"GET", "/agents?tenant=nobody", ``, "not_found", ""},
 		{"GET", "/models?tenant=nobody", ``, "not_found", ""},
 		{"POST", "/keys", `{"tenant":"nobody","user":"x"}`, "not_found", ""},
@@ -90,6 +150,54 @@ func TestAdminRequestsThatAreWrong(t *testing.T) {
 		{"POST", "/keys", `{` + user + `,"ttl_seconds":-1}`, "invalid_value", "ttl_seconds"},
 		{"POST", "/keys", `{` + user + `,"ttl_seconds":9223372036854775807}`, "invalid_value", "ttl_seconds"},
 		{"POST", "/keys", `{` + user + `,"ttl_seconds":1.5}`, "invalid_value", "ttl_seconds"},
+		{"POST", "/keys", `{` + user + `,"scopes":[]}`, "invalid_value", "scopes"},
+		{"POST", "/keys", `{` + user + `,"scopes":[""]}`, "invalid_value", "scopes"},
+		{"POST", "/keys", `{` + user + `,"scopes":["model:"]}`, "invalid_value", "scopes"},
+		{"POST", "/keys", `{` + user + `,"scopes":["*"]}`, "invalid_value", "scopes"},
+		{"POST", "/keys", `{` + user + `,"scopes":["model:llama*"]}`, "invalid_value", "scopes"},
+		{"POST", "/keys", `{` + user + `,"scopes":["model:a","admin:*"]}`, "invalid_value", "scopes"},
+		{"POST", "/keys", `{` + user + `,"scopes":["model:a\u0000"]}`, "invalid_value", "scopes"},
+		{"POST", "/keys", `{` + user + `,"scopes":[5]}`, "invalid_value", "scopes"},
+		{"POST", "/keys", `{` + user + `,"name":"a\nb"}`, "invalid_value", "name"},
+		{"POST", "/keys", `{` + user + `,"budget_cents":-1}`, "invalid_value", "budget_cents"},
+		{"POST", "/keys", `{` + user + `,"budget_cents":0.5}`, "invalid_value", "budget_cents"},
+		{"POST", "/keys", `{` + user + `,"budget_cents":1000000000001}`, "invalid_value", "budget_cents"},
+		{"POST", "/keys", `{` + user + `,"budget_cents":99999999999999999999}`, "invalid_value", "budget_cents"},
+		{"POST", "/keys", `{` + user + `,"concurrency":0}`, "invalid_value", "concurrency"},
+		{"POST", "/keys", `{` + user + `,"concurrency":-5}`, "invalid_value", "concurrency"},
+		{"POST", "/keys", `{` + user + `,"concurrency":2147483648}`, "invalid_value", "concurrency"},
+		{"POST", "/keys", `{` + user + `,"ttl_seconds":9223372036}`, "invalid_value", "ttl_seconds"},
+		{"POST", "/keys", `{` + user + `,"ttl_seconds":"1h"}`, "invalid_value", "ttl_seconds"},
+		{"POST", "/keys", `{` + user + `,"expires_at":"2020-01-01T00:00:00Z"}`, "invalid_value", "expires_at"},
+		{"POST", "/keys", `{` + user + `,"expires_at":"9999-12-31T23:59:59Z"}`, "invalid_value", "expires_at"},
+		{"POST", "/keys", `{` + user + `,"expires_at":"tomorrow"}`, "invalid_value", "expires_at"},
+		{"POST", "/keys", `{` + user + `,"expires_at":1}`, "invalid_value", "expires_at"},
+		{"POST", "/keys", `{` + user + `,"expires_at":"2099-01-01T00:00:00Z","ttl_seconds":5}`, "invalid_value", "expires_at"},
+		{"PATCH", "/keys/" + string(h.keyID()), `{"scopes":[]}`, "invalid_value", "scopes"},
+		{"PATCH", "/keys/" + string(h.keyID()), `{"scopes":["demo"]}`, "invalid_value", "scopes"},
+		{"PATCH", "/keys/" + string(h.keyID()), `{"budget_cents":-1}`, "invalid_value", "budget_cents"},
+		{"PATCH", "/keys/" + string(h.keyID()), `{"budget_cents":"none"}`, "invalid_value", "budget_cents"},
+		{"PATCH", "/keys/" + string(h.keyID()), `{"concurrency":0}`, "invalid_value", "concurrency"},
+		{"PATCH", "/keys/" + string(h.keyID()), `{"name":"ok","concurrency":0}`, "invalid_value", "concurrency"},
+		{"PATCH", "/keys/" + string(h.keyID()), `{"tenant":"other"}`, "invalid_value", "tenant"},
+		{"PATCH", "/keys/" + string(h.keyID()), `{"ttl_seconds":5}`, "invalid_value", "ttl_seconds"},
+		{"PATCH", "/keys/" + h.key, `{"name":"x"}`, "not_found", ""},
+		{"POST", "/keys/" + string(h.keyID()) + "/rotate", `{"overlap_seconds":-1}`, "invalid_value", "overlap_seconds"},
+		{"POST", "/keys/" + string(h.keyID()) + "/rotate", `{"overlap_seconds":9223372036854775807}`, "invalid_value", "overlap_seconds"},
+		{"POST", "/keys/" + string(h.keyID()) + "/rotate", `{"overlap_seconds":31536001}`, "invalid_value", "overlap_seconds"},
+		{"POST", "/keys/" + string(h.keyID()) + "/rotate", `{"overlap":"1h"}`, "invalid_value", "overlap"},
+		{"POST", "/keys/" + h.key + "/rotate", ``, "not_found", ""},
+		{"PUT", "/prices", `{"model":"demo"}`, "invalid_value", "cents_per_1k_tokens"},
+		{"PUT", "/prices", `{"model":"demo","cents_per_1k_tokens":null}`, "invalid_value", "cents_per_1k_tokens"},
+		{"PUT", "/prices", `{"model":"demo","cents_per_1k_tokens":-0.5}`, "invalid_value", "cents_per_1k_tokens"},
+		{"PUT", "/prices", `{"model":"demo","cents_per_1k_tokens":0.0000001}`, "invalid_value", "cents_per_1k_tokens"},
+		{"PUT", "/prices", `{"model":"demo","cents_per_1k_tokens":"free"}`, "invalid_value", "cents_per_1k_tokens"},
+		{"PUT", "/prices", `{"model":"demo","cents_per_1k_tokens":10000.000001}`, "invalid_value", "cents_per_1k_tokens"},
+		{"PUT", "/prices", `{"model":"demo","cents_per_1k_tokens":1e400}`, "invalid_value", "cents_per_1k_tokens"},
+		{"PUT", "/prices", `{"model":"","cents_per_1k_tokens":1}`, "invalid_value", "model"},
+		{"PUT", "/prices", `{"model":"a\u0000","cents_per_1k_tokens":1}`, "invalid_value", "model"},
+		{"PUT", "/prices", `{"model":"demo","tenant":"nobody","cents_per_1k_tokens":1}`, "not_found", ""},
+		{"POST", "/prices", `{"model":"demo","cents_per_1k_tokens":1}`, "method_not_allowed", ""},
 		{"POST", "/keys/key_x/revoke", ``, "not_found", ""},
 		{"POST", "/keys/" + h.key + "/revoke", ``, "not_found", ""},
 		{"GET", "/nothing", ``, "not_found", ""},
@@ -100,18 +208,47 @@ func TestAdminRequestsThatAreWrong(t *testing.T) {
 			if strings.Contains(body, h.key) || strings.Contains(body, "adminapi") {
 				t.Errorf("says too much: %s", body)
 			}
-		}); test.code == "method_not_allowed" && sorted(resp.Header.Get("Allow")) != "GET, HEAD, POST" {
+			if len(body) > 2000 {
+				t.Errorf("says too much: %d bytes", len(body))
+			}
+		}); test.method == "DELETE" && sorted(resp.Header.Get("Allow")) != "GET, HEAD, POST" {
 			t.Errorf("Allow is %q", resp.Header.Get("Allow"))
 		}
 	}
+	if after := h.written(); after != before {
+		t.Errorf("requests that were refused have left something behind:\nbefore: %s\nafter:  %s", before, after)
+	}
+}
+
+// keyID is the id of the first key.
+func (h *house) keyID() schemas.KeyID {
+	h.t.Helper()
+	return must(h.store.LookupKey(context.Background(), must(apikey.FromSecret(h.key)).Hash())).Key
+}
+
+// written is all that an admin can have written.
+func (h *house) written() string {
+	h.t.Helper()
+	ctx := context.Background()
+	all := books.Page{Limit: 1000}
+	tenants, _, err1 := h.store.ListTenants(ctx, all)
+	users, _, err2 := h.store.ListUsers(ctx, "", all)
+	keys, _, err3 := h.store.ListKeys(ctx, "", "", all)
+	prices, _, err4 := h.store.ListPrices(ctx, "", all)
+	entries, _, err5 := h.store.ListAudit(ctx, "", all)
+	text, err6 := json.Marshal([]any{tenants, users, keys, prices, entries})
+	if err := errors.Join(err1, err2, err3, err4, err5, err6); err != nil {
+		h.t.Fatal(err)
+	}
+	return string(text)
 }
 
 // admin calls the admin API and decodes the answer.
-func admin[T any](h *house, method, path, body string) (v T) {
+func admin[T any](h *house, method, path, body string, headers ...string) (v T) {
 	h.t.Helper()
-	resp, text := h.do(method, adminapi.Prefix+path, adminToken, body)
+	resp, text := h.do(method, adminapi.Prefix+path, adminToken, body, headers...)
 	want := http.StatusOK
-	if body != "" {
+	if method == "POST" && strings.Count(path, "/") == 1 {
 		want = http.StatusCreated
 	}
 	if err := json.Unmarshal([]byte(text), &v); err != nil || resp.StatusCode != want {
@@ -178,11 +315,12 @@ func TestAdminAPI(t *testing.T) {
 
 	status := admin[adminapi.Status](h, "GET", "/status", "")
 	if !status.Ready || status.Version != "test" || status.Postgres != "ok" || status.NATS != "ok" || len(status.Agents) != 1 ||
-		status.Agents[0].State != adminapi.AgentUp || len(status.Agents[0].Models) != 1 || status.Agents[0].LastSeen == nil {
+		status.Agents[0].State != adminapi.AgentUp || status.Agents[0].TenantSlug != "local" || len(status.Agents[0].Models) != 1 || status.Agents[0].LastSeen == nil {
 		t.Errorf("status: %+v", status)
 	}
 	models := admin[adminapi.List[adminapi.Model]](h, "GET", "/models?tenant=local", "")
-	if len(models.Data) != 1 || models.Data[0].ID != "demo" || models.Data[0].State != schemas.ModelReady || len(models.Data[0].Agents) != 1 {
+	if len(models.Data) != 1 || models.Data[0].ID != "demo" || models.Data[0].State != schemas.ModelReady || len(models.Data[0].Agents) != 1 ||
+		models.Data[0].TenantSlug != "local" || models.Data[0].CentsPer1kTokens != nil {
 		t.Errorf("models: %+v", models)
 	}
 	if none := admin[adminapi.List[adminapi.Agent]](h, "GET", "/agents?tenant=acme", ""); len(none.Data) != 0 || none.Data == nil {

@@ -28,16 +28,19 @@ func (e *Edge) chat(c *fiber.Ctx) error {
 	}
 	// The request may outlive this handler, and Fiber's context with it.
 	ctx = context.WithoutCancel(ctx)
-	reply, err := e.Dispatcher.Start(ctx, req)
+	reply, rate, err := e.Dispatcher.Start(ctx, req)
+	in.rate = rate
 	if err != nil {
 		return err
 	}
+	e.tellLimits(c, in)
 	w := &watched{
 		reply: reply, edge: e, ctx: ctx, span: span, stream: req.Stream,
 		series: e.Metrics.Series(operationChat, model.Backend, req.Model),
 	}
 	in.streaming = req.Stream
-	w.unwatch = e.watch.add(in.conn, func() { reply.Interrupt(errClientGone) })
+	w.unwatch = e.watch.add(in.conn, func() { reply.Interrupt(dispatch.ErrClientGone) })
+	w.unguard = e.Keys.Guard(in.key, in.slug, in.identity, reply.Interrupt)
 	reply.OnStall(func() { hurryUp(in.conn) })
 	if !req.Stream {
 		return w.sendWhole(c)
@@ -48,10 +51,10 @@ func (e *Edge) chat(c *fiber.Ctx) error {
 // admit makes every check of the contract up to the choice of an agent, in its order.
 func (e *Edge) admit(ctx context.Context, c *fiber.Ctx, in *call) (dispatch.Request, schemas.Model, error) {
 	var none dispatch.Request
-	id, err := e.authenticate(ctx, c, in)
-	if err != nil {
+	if err := e.authenticate(ctx, c, in); err != nil {
 		return none, schemas.Model{}, err
 	}
+	id := in.identity
 	body, err := e.readBody(c, in)
 	if err != nil {
 		return none, schemas.Model{}, err
@@ -60,6 +63,7 @@ func (e *Edge) admit(ctx context.Context, c *fiber.Ctx, in *call) (dispatch.Requ
 	if err != nil {
 		return none, schemas.Model{}, err
 	}
+	in.model = req.Model
 	model, err := e.findModel(id, req.Model)
 	if err != nil {
 		return none, schemas.Model{}, err
@@ -70,13 +74,10 @@ func (e *Edge) admit(ctx context.Context, c *fiber.Ctx, in *call) (dispatch.Requ
 	return dispatch.Request{
 		ID: in.id, Tenant: id.Tenant, Key: id.Key, Operation: operationChat,
 		Model: req.Model, Body: body, Stream: req.Stream, IncludeUsage: req.IncludeUsage,
+		Prompt: req.PromptBound(), Limit: req.ReplyLimit(), Most: req.MostTokens(model),
 		Received: in.received,
 	}, model, nil
 }
-
-// errClientGone ends the reply of a client that closed its connection. Nobody gets
-// to see it.
-var errClientGone = schemas.Errorf(schemas.CodeInternalError, "the client went away")
 
 // watched is a reply on its way to a client. It is the body of a streamed response:
 // the server reads it, and closes it whatever happens.
@@ -87,13 +88,36 @@ type watched struct {
 	span    oteltrace.Span
 	series  *metric.Series
 	unwatch func()
+	unguard func()
 	stream  bool
 
 	answered bool // the status was 200
 	ended    bool
-	over     bool           // the last event was rendered
-	err      *schemas.Error // that ended the stream
-	buf, out []byte         // rendered events; out is what hasn't been read of buf
+	last     *dispatch.Event // the last event came
+	over     bool            // and was rendered
+	err      *schemas.Error  // that ended the stream
+	buf, out []byte          // rendered events; out is what hasn't been read of buf
+}
+
+// settleWait is how long a client waits for the end of its reply until the books have
+// what it costs. It may begin the next request at once, and what the last one held has
+// to be free by then, on whichever edge.
+const settleWait = time.Second
+
+// settle ends the request, and waits until the books have it.
+func (w *watched) settle() {
+	w.reply.Close()
+	select {
+	case <-w.reply.Settled():
+		return
+	default:
+	}
+	timer := time.NewTimer(settleWait)
+	defer timer.Stop()
+	select {
+	case <-w.reply.Settled():
+	case <-timer.C:
+	}
 }
 
 // end ends the request and records how it went. Of a request that wasn't answered
@@ -104,11 +128,12 @@ func (w *watched) end(err *schemas.Error) {
 	}
 	w.ended = true
 	w.unwatch()
+	w.unguard()
 	w.reply.Close()
 	var cause error
 	code := metric.CodeOK
 	switch {
-	case err == nil && !w.over && w.stream, err == errClientGone:
+	case err == nil && !w.over && w.stream, err == dispatch.ErrClientGone:
 		code = metric.CodeClientGone
 	case err != nil:
 		code, cause = err.Code, err

@@ -37,6 +37,7 @@ import (
 	"github.com/ownllm/ownllm/broker/keyring"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -71,6 +72,7 @@ type Parts struct {
 	Agents     *presence.Table
 	Feed       *presence.Feed
 	Dispatcher *dispatch.Dispatcher
+	Gate       *quota.Gate
 	Books      *books.Store
 	Queue      *bus.Queue
 	Metrics    *metric.Instruments
@@ -88,6 +90,7 @@ type Edge struct {
 	clients  *clients
 	draining atomic.Bool
 	ready    readiness
+	slugs    slugs
 }
 
 const (
@@ -152,10 +155,12 @@ func (e *Edge) routes() {
 			origins = "*" // the middleware takes it only alone
 		}
 		e.app.Use(cors.New(cors.Config{
-			AllowOrigins:  origins,
-			AllowMethods:  "GET,POST,PUT,DELETE,OPTIONS",
-			ExposeHeaders: "X-Request-Id,Retry-After,X-Should-Retry",
-			MaxAge:        600,
+			AllowOrigins: origins,
+			AllowMethods: "GET,POST,PUT,PATCH,OPTIONS",
+			ExposeHeaders: "X-Request-Id,Retry-After,X-Should-Retry," + strings.Join([]string{
+				headerLimitRequests, headerRemainingRequests, headerResetRequests, headerLimitTokens, headerRemainingTokens,
+			}, ","),
+			MaxAge: 600,
 		}))
 	}
 	e.app.Get("/healthz", e.healthz)
@@ -308,8 +313,8 @@ func (e *Edge) postgres(ctx context.Context) string {
 	ping, cancel := context.WithTimeout(context.WithoutCancel(ctx), pingWait)
 	defer cancel()
 	e.ready.postgres = "ok"
-	if err := e.Books.Ping(ping); err != nil {
-		e.ready.postgres = "down"
+	if err := e.Books.Ping(ping); err != nil || !e.Gate.Ready() {
+		e.ready.postgres = "down" // or it hasn't renewed the lease, without which nothing is admitted
 	}
 	e.ready.at = time.Now()
 	return e.ready.postgres

@@ -23,6 +23,7 @@ import (
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/keyring"
 	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/broker/registry"
 	"github.com/ownllm/ownllm/edge"
 	"github.com/ownllm/ownllm/internal/natstest"
@@ -78,6 +79,7 @@ type plan struct {
 	slots    int             // of the worker; 0: what the backend says
 	empty    bool            // no worker; the edge isn't waited for until it is ready
 	closed   bool            // no admin API
+	limited  bool            // the tenant may make as many requests a second as by default
 }
 
 const patience = 15 * time.Second
@@ -104,6 +106,10 @@ func build(t testing.TB, p plan) *house {
 	h.key = key.Reveal()
 	h.tenant, h.user, _, err = h.store.EnsureFirst(ctx, key)
 	must()
+	if !p.limited {
+		h.tenant, err = h.store.SetTenant(ctx, string(h.tenant.ID), books.TenantChange{QPS: new(1_000_000)})
+		must()
+	}
 
 	tokens, queue := h.bus.Queue(64)
 	bulk := h.bus.Connect("bulk")
@@ -113,9 +119,11 @@ func build(t testing.TB, p plan) *house {
 	if p.dispatch != nil {
 		p.dispatch(&cfg)
 	}
-	h.disp, err = dispatch.New(dispatch.Parts{Tokens: tokens, Bulk: bulk, Agents: h.agents, Feed: feed, Log: log}, cfg)
+	gate := quota.New(h.store, quota.Config{}, log)
+	h.disp, err = dispatch.New(dispatch.Parts{Tokens: tokens, Bulk: bulk, Agents: h.agents, Feed: feed, Gate: gate, Log: log}, cfg)
 	must()
 	h.run("keyring", h.keys.Run)
+	h.run("gate", gate.Run)
 	h.run("dispatcher", h.disp.Run)
 	h.run("feed", feed.Run)
 	h.run("registry", registry.New(h.bus.Connect("registry"), queue, h.store, h.agents, log).Run)
@@ -141,7 +149,7 @@ func build(t testing.TB, p plan) *house {
 		e.AdminToken = adminToken
 	}
 	h.edge = edge.New(e, edge.Parts{
-		Keys: h.keys, Agents: h.agents, Feed: feed, Dispatcher: h.disp, Books: h.store, Queue: queue, Log: log,
+		Keys: h.keys, Agents: h.agents, Feed: feed, Dispatcher: h.disp, Gate: gate, Books: h.store, Queue: queue, Log: log,
 	})
 	l := listen(t, "127.0.0.1:0")
 	h.addr = l.Addr().String()
@@ -256,7 +264,7 @@ func (h *house) newKey(n books.NewKey) (schemas.KeyID, string) {
 func (h *house) newTenant(slug string) (books.Tenant, books.User, string) {
 	h.t.Helper()
 	ctx := context.Background()
-	tenant, err := h.store.CreateTenant(ctx, books.NewTenant{Slug: slug})
+	tenant, err := h.store.CreateTenant(ctx, books.NewTenant{Slug: slug, QPS: new(1_000_000)})
 	if err != nil {
 		h.t.Fatal(err)
 	}

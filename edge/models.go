@@ -34,10 +34,10 @@ func entry(m schemas.Model) modelEntry {
 // the scopes of the key.
 func (e *Edge) listModels(c *fiber.Ctx) error {
 	in := callOf(c)
-	id, err := e.authenticate(c.UserContext(), c, in)
-	if err != nil {
+	if err := e.authenticate(c.UserContext(), c, in); err != nil {
 		return err
 	}
+	id := in.identity
 	models, reachable := e.Agents.Models(id.Tenant)
 	if !reachable {
 		return e.unreachable("")
@@ -58,15 +58,16 @@ func (e *Edge) listModels(c *fiber.Ctx) error {
 // escape and people don't, so the path is taken as it was sent and unescaped once.
 func (e *Edge) getModel(c *fiber.Ctx) error {
 	in := callOf(c)
-	id, err := e.authenticate(c.UserContext(), c, in)
-	if err != nil {
+	if err := e.authenticate(c.UserContext(), c, in); err != nil {
 		return err
 	}
+	id := in.identity
 	raw := strings.TrimPrefix(string(c.Request().URI().PathOriginal()), "/v1/models/")
 	name, err := url.PathUnescape(raw)
 	if err != nil || name == "" {
 		return schemas.Errorf(schemas.CodeInvalidValue, "The model id in the path isn't escaped correctly.").WithParam("model")
 	}
+	in.model = name
 	m, err := e.findModel(id, name)
 	if err != nil {
 		return err

@@ -18,7 +18,9 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/metric"
+	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -30,6 +32,14 @@ type call struct {
 	method   string
 	addr     netip.Addr
 	conn     net.Conn
+	// key and slug are what the client showed, and identity is whom they stand for, once
+	// that is known; model is what it asks for.
+	key      apikey.Key
+	slug     string
+	identity books.Identity
+	model    string
+	// rate is where the key stands, if the books were asked.
+	rate quota.Rate
 	// read says that the body was read to its end.
 	read bool
 	// streaming says that the reply outlives its handler, and is counted at its end.
@@ -48,6 +58,9 @@ func (e *Edge) begin(c *fiber.Ctx) error {
 	c.Set("X-Request-Id", string(in.id))
 	e.Metrics.RequestStarted(c.UserContext())
 	err := c.Next()
+	if err == nil {
+		e.tellLimits(c, in)
+	}
 	if err == nil && !in.streaming {
 		e.Metrics.RequestEnded(c.UserContext(), operation(c), metric.CodeOK)
 	}
@@ -117,19 +130,20 @@ func (e *Edge) trusted(a netip.Addr) bool {
 // authenticate checks the key of a request. An address that has made too many bad
 // requests may go on only with keys that are known to be good, so that guessing costs
 // nothing but the guesser's time.
-func (e *Edge) authenticate(ctx context.Context, c *fiber.Ctx, in *call) (books.Identity, error) {
-	key, err := apikey.Parse(c.Get(fiber.HeaderAuthorization))
-	if err != nil {
-		return books.Identity{}, err
+func (e *Edge) authenticate(ctx context.Context, c *fiber.Ctx, in *call) (err error) {
+	if in.key, err = apikey.Parse(c.Get(fiber.HeaderAuthorization)); err != nil {
+		return err
 	}
-	slug := e.slug(e.host(c))
+	in.slug = e.slug(e.host(c))
 	if e.failures.exhausted(in.addr, in.received) {
-		if id, ok := e.Keys.Cached(key, slug); ok {
-			return id, nil
+		var ok bool
+		if in.identity, ok = e.Keys.Cached(in.key, in.slug); !ok {
+			return errTooManyFailures()
 		}
-		return books.Identity{}, errTooManyFailures()
+		return nil
 	}
-	return e.Keys.Authenticate(ctx, key, slug)
+	in.identity, err = e.Keys.Authenticate(ctx, in.key, in.slug)
+	return err
 }
 
 // host is the name by which the client called this server.
@@ -220,17 +234,18 @@ func (e *Edge) fail(c *fiber.Ctx, err error) error {
 		if !e.failures.allow(in.addr, in.received) {
 			known = errTooManyFailures()
 		}
-	case status == 500 && err != errClientGone: //nolint:errorlint // this very one
+	case status == 500 && err != dispatch.ErrClientGone: //nolint:errorlint // this very one
 		e.Log.ErrorContext(c.UserContext(), "request failed", "request", in.id, "error", err)
 	}
 	trace.End(oteltrace.SpanFromContext(c.UserContext()), known)
 	if in.id != "" { // else it never began
 		code := known.Code
-		if err == errClientGone { //nolint:errorlint // this very one
+		if err == dispatch.ErrClientGone { //nolint:errorlint // this very one
 			code = metric.CodeClientGone
 		}
 		e.Metrics.RequestEnded(c.UserContext(), operation(c), code)
 	}
+	e.tellLimits(c, in)
 	linger(in.conn, !in.read && (in.id == "" || c.Request().Header.ContentLength() != 0))
 	writeError(c.Response(), known)
 	if e.Log.Enabled(c.UserContext(), slog.LevelDebug) {

@@ -33,6 +33,7 @@ func (w *watched) sendWhole(c *fiber.Ctx) error {
 		case dispatch.EventTick:
 			continue
 		case dispatch.EventError:
+			w.settle()
 			w.end(ev.Err)
 			return ev.Err
 		}
@@ -46,6 +47,7 @@ func (w *watched) sendWhole(c *fiber.Ctx) error {
 		}
 	}
 	w.answered = true
+	w.settle()
 	w.end(nil)
 	c.Response().Header.SetContentType(fiber.MIMEApplicationJSON)
 	c.Response().SetBodyRaw(body)
@@ -57,6 +59,7 @@ func (w *watched) sendWhole(c *fiber.Ctx) error {
 func (w *watched) sendStream(c *fiber.Ctx) error {
 	ev := w.reply.Next()
 	if ev.Kind == dispatch.EventError && len(ev.Payload) == 0 {
+		w.settle()
 		w.end(ev.Err)
 		return ev.Err
 	}
@@ -95,10 +98,14 @@ func (w *watched) sendUnframed(c *fiber.Ctx) {
 // server-sent events. Whatever one call returns is flushed to the client at once.
 func (w *watched) Read(p []byte) (int, error) {
 	for len(w.out) == 0 {
-		if w.over {
+		switch {
+		case w.over:
 			return 0, io.EOF
+		case w.last != nil:
+			w.appendLast()
+		default:
+			w.append(w.reply.Next())
 		}
-		w.append(w.reply.Next())
 	}
 	n := copy(p, w.out)
 	w.out = w.out[n:]
@@ -125,14 +132,24 @@ func (w *watched) append(ev dispatch.Event) {
 	switch ev.Kind {
 	case dispatch.EventTick:
 		w.buf = append(w.buf, keepAlive...)
-	case dispatch.EventDone:
-		w.over = true
-		w.buf = append(w.buf, eventDone...)
-	case dispatch.EventError:
-		w.over, w.err = true, ev.Err
+	case dispatch.EventDone, dispatch.EventError:
+		w.last = &ev
+	}
+	w.out = w.buf
+}
+
+// appendLast renders the end of the stream. What came before it is on its way to the
+// client by now; the end waits until the request is settled.
+func (w *watched) appendLast() {
+	w.settle()
+	w.over, w.buf = true, w.out
+	if err := w.last.Err; err != nil {
+		w.err = err
 		w.buf = append(w.buf, eventData...)
-		w.buf = ev.Err.AppendJSON(w.buf)
+		w.buf = err.AppendJSON(w.buf)
 		w.buf = append(w.buf, eventEnd...)
+	} else {
+		w.buf = append(w.buf, eventDone...)
 	}
 	w.out = w.buf
 }

@@ -53,8 +53,8 @@ type Frame struct {
 	Kind FrameKind `json:"kind"`
 	// Tokens counts the output tokens of the run so far, as far as the worker knows.
 	Tokens int `json:"tokens,omitempty"`
-	// PromptTokens is the exact size of the prompt where the backend can tell it
-	// before it runs; on a claim.
+	// PromptTokens is the exact size of the prompt, where the backend can tell it before
+	// it runs; on a progress frame.
 	PromptTokens int `json:"prompt_tokens,omitempty"`
 	// Loading says, on a claim or progress frame, that the model isn't in memory yet:
 	// the deadline of the first token doesn't run while it loads.
@@ -169,6 +169,10 @@ type Verdict struct {
 	// sends again from Next.
 	Seq  uint64 `json:"seq"`
 	Next uint64 `json:"next,omitempty"`
+	// Limit and More are those of the job, as they are now. Without a limit, nothing has
+	// changed.
+	Limit int64 `json:"limit,omitempty"`
+	More  bool  `json:"more,omitempty"`
 }
 
 // Encode returns the wire form of the verdict.

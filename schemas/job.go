@@ -54,6 +54,16 @@ type Job struct {
 	Completion string `json:"completion"`
 	Created    int64  `json:"created"`
 	ReplyModel string `json:"reply_model"`
+	// Limit is how many tokens the reply may have, all choices together; 0 stands for no
+	// bound. The worker lets no more through, and ends a reply that is cut short with the
+	// finish_reason "length".
+	Limit int64 `json:"limit,omitempty"`
+	// More says that the limit may yet be raised, by a Verdict or a Control: a worker
+	// that has reached it waits.
+	More bool `json:"more,omitempty"`
+	// Count asks for the exact size of the prompt, on a progress frame, before the
+	// backend is called, if the backend can tell.
+	Count bool `json:"count,omitempty"`
 	// BodySize is the size of a body that is fetched from the owner; 0 says that the
 	// body follows the head.
 	BodySize int `json:"body_size,omitempty"`
@@ -96,6 +106,8 @@ func DecodeJob(payload []byte) (*Job, []byte, error) {
 		return nil, nil, fmt.Errorf("job has protocol version %d, want %d", j.Version, ProtocolVersion)
 	case j.Request == "" || j.Nonce == "" || j.Owner == "" || j.Tenant == "" || j.Model == "" || j.Operation == "":
 		return nil, nil, errors.New("job lacks a field that it must have")
+	case j.Limit < 0:
+		return nil, nil, fmt.Errorf("job has a limit of %d tokens", j.Limit)
 	case j.BodySize < 0 || j.BodySize > 0 && len(body) > 0:
 		return nil, nil, errors.New("job has a body that it says is elsewhere")
 	case j.BodySize > 0:
@@ -122,4 +134,37 @@ func DecodeBodyRequest(b []byte) (int, error) {
 		return 0, fmt.Errorf("body request: offset %d is negative", r.Offset)
 	}
 	return r.Offset, nil
+}
+
+// UsageReport is what a worker counted of a request whose owner is gone. Which agent
+// speaks, its subject says.
+type UsageReport struct {
+	Version int       `json:"v"`
+	Request RequestID `json:"request"`
+	Attempt int       `json:"attempt"`
+	Usage
+}
+
+// MsgID is the deduplication id of the report of an agent. It holds who speaks, so that
+// nobody's report swallows another's.
+func (u *UsageReport) MsgID(t TenantID, a AgentID) string {
+	return fmt.Sprintf("%s:%s:%s:%d", t, a, u.Request, u.Attempt)
+}
+
+// Encode returns the wire form of the report.
+func (u *UsageReport) Encode() []byte { return mustMarshal(u) }
+
+// DecodeUsageReport reads the wire form of a UsageReport.
+func DecodeUsageReport(b []byte) (*UsageReport, error) {
+	var u UsageReport
+	if err := json.Unmarshal(b, &u); err != nil {
+		return nil, fmt.Errorf("usage report: %w", err)
+	}
+	switch {
+	case u.Version != ProtocolVersion:
+		return nil, fmt.Errorf("usage report has protocol version %d, want %d", u.Version, ProtocolVersion)
+	case u.Request == "" || u.PromptTokens < 0 || u.CompletionTokens < 0:
+		return nil, errors.New("usage report lacks its request, or counts less than nothing")
+	}
+	return &u, nil
 }

@@ -12,7 +12,7 @@ func sampleJob() Job {
 	return Job{
 		Version: ProtocolVersion, Request: "req_1", Attempt: 2, Nonce: "n", Owner: "own_1", Tenant: "ten_1", Key: "key_1",
 		Operation: "chat", Model: "qwen/qwen2.5:32b", Deadline: 1_800_000_000_123, ColdWait: 5000, Stream: true, IncludeUsage: true,
-		Completion: "chatcmpl-1", Created: 1_800_000_000, ReplyModel: "fast",
+		Completion: "chatcmpl-1", Created: 1_800_000_000, ReplyModel: "fast", Limit: 400, More: true, Count: true,
 	}
 }
 
@@ -88,6 +88,7 @@ func TestDecodeJobRefuses(t *testing.T) {
 		"no tenant":           payload(func(j *Job) { j.Tenant = "" }),
 		"no model":            payload(func(j *Job) { j.Model = "" }),
 		"no operation":        payload(func(j *Job) { j.Operation = "" }),
+		"a negative limit":    payload(func(j *Job) { j.Limit = -1 }),
 		"a negative size":     payload(func(j *Job) { j.BodySize = -1 }),
 		"a body here as well": payload(func(j *Job) { j.BodySize = 2 }) + "{}",
 		"a string for number": strings.Replace(payload(func(*Job) {}), `"attempt":2`, `"attempt":"2"`, 1),
@@ -129,6 +130,54 @@ func TestBodyRequest(t *testing.T) {
 			t.Errorf("body request %q is taken for %d", b, got)
 		}
 	}
+}
+
+func TestUsageReport(t *testing.T) {
+	report := UsageReport{Version: ProtocolVersion, Request: "req_1", Attempt: 2, Usage: Usage{PromptTokens: 17, CompletionTokens: 40}}
+	got, err := DecodeUsageReport(report.Encode())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(&report, got); diff != "" {
+		t.Errorf("report came back changed (-sent +got):\n%s", diff)
+	}
+	other := report
+	other.Attempt = 1
+	seen := map[string]bool{}
+	for _, id := range []string{
+		report.MsgID("ten_1", "agt_1"), other.MsgID("ten_1", "agt_1"), report.MsgID("ten_2", "agt_1"), report.MsgID("ten_1", "agt_2"),
+	} {
+		if seen[id] {
+			t.Errorf("JetStream would take two reports for one: %q", id)
+		}
+		seen[id] = true
+	}
+	for _, b := range []string{
+		"", "null", "[]", "{}", `{"v":2,"request":"req_1"}`, `{"v":1}`, `{"v":1,"request":"req_1","prompt_tokens":-1}`,
+		`{"v":1,"request":"req_1","completion_tokens":-1}`, `{"v":1,"request":"req_1","completion_tokens":1e30}`, `{"v":1,"request":"req_1"}x`,
+	} {
+		if got, err := DecodeUsageReport([]byte(b)); err == nil {
+			t.Errorf("report %q is taken for %+v", b, got)
+		}
+	}
+}
+
+func FuzzDecodeUsageReport(f *testing.F) {
+	report := UsageReport{Version: ProtocolVersion, Request: "req_1", Attempt: 2, Usage: Usage{PromptTokens: 17, CompletionTokens: 40}}
+	f.Add(report.Encode())
+	f.Fuzz(func(t *testing.T, b []byte) {
+		got, err := DecodeUsageReport(b)
+		if err != nil {
+			return
+		}
+		if got.Request == "" || got.PromptTokens < 0 || got.CompletionTokens < 0 {
+			t.Fatalf("%q is taken for %+v", b, got)
+		}
+		again, err := DecodeUsageReport(got.Encode())
+		if err != nil || *again != *got {
+			t.Fatalf("%q came back as %+v, %v", b, again, err)
+		}
+	})
 }
 
 func FuzzDecodeJob(f *testing.F) {

@@ -26,7 +26,7 @@ var wire = map[string]struct{ full, minimal any }{
 		&Job{
 			Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1, Nonce: NewNonce(), Owner: NewOwnerID(), Tenant: NewTenantID(),
 			Key: NewKeyID(), Operation: "chat", Model: "qwen/qwen2.5:32b", Deadline: 1, ColdWait: 1, Stream: true, IncludeUsage: true,
-			Completion: NewRequestID().CompletionID(), Created: 1, ReplyModel: "m", BodySize: 1,
+			Completion: NewRequestID().CompletionID(), Created: 1, ReplyModel: "m", Limit: 1, More: true, Count: true, BodySize: 1,
 		},
 		&Job{
 			Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1, Nonce: NewNonce(), Owner: NewOwnerID(), Tenant: NewTenantID(),
@@ -41,13 +41,14 @@ var wire = map[string]struct{ full, minimal any }{
 		&Frame{Run: "r", Kind: FrameClaim},
 	},
 	"bus-error":    {fullError, &Error{Code: CodeInternalError}},
-	"verdict":      {Verdict{Go: true, Reason: "r", Seq: 1, Next: 1}, Verdict{Reason: ReasonFinished}},
+	"verdict":      {Verdict{Go: true, Reason: "r", Seq: 1, Next: 1, Limit: 1, More: true}, Verdict{Reason: ReasonFinished}},
 	"inventory":    {Inventory{Models: []Model{fullModel}}, Inventory{}},
 	"heartbeat":    {Heartbeat{ProtocolVersion, NewIncarnation(), AgentUp, "h", &Inventory{Models: []Model{fullModel}}, "gpu-1", 1, 1, 1}, Heartbeat{Version: ProtocolVersion, Incarnation: NewIncarnation(), State: AgentBye, Hash: "h"}},
 	"hello":        {Hello{ProtocolVersion, NewIncarnation(), "s", "h", Inventory{Models: []Model{fullModel}}}, Hello{Version: ProtocolVersion, Incarnation: NewIncarnation()}},
 	"welcome":      {Welcome{JobStream, map[string]string{"m": "c"}, fullError}, Welcome{Stream: JobStream}},
-	"control":      {Control{ControlCancel, NewNonce(), ReasonCancelled}, Control{Operation: ControlInventory}},
+	"control":      {Control{ControlLimit, NewNonce(), ReasonCancelled, 1, true}, Control{Operation: ControlInventory}},
 	"body-request": {BodyRequest{1}, BodyRequest{}},
+	"usage-report": {UsageReport{ProtocolVersion, NewRequestID(), 1, Usage{1, 1}}, UsageReport{Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1}},
 }
 
 var fullError = &Error{Code: CodeModelLoading, Message: "m", Param: "p", RetryAfter: time.Second}
@@ -360,6 +361,9 @@ func read(name string, line []byte) error {
 	case "body-request":
 		_, err := DecodeBodyRequest(line)
 		return err
+	case "usage-report":
+		_, err := DecodeUsageReport(line)
+		return err
 	}
 	v := reflect.New(reflect.Indirect(reflect.ValueOf(wire[name].full)).Type())
 	return json.Unmarshal(line, v.Interface())
@@ -436,8 +440,10 @@ func compareFields(t *testing.T, docs map[string]map[string]any, at string, root
 	t.Helper()
 	properties := dig(t, schema, "properties").(map[string]any)
 	var names, always []string
-	for i := range typ.NumField() {
-		field := typ.Field(i)
+	for _, field := range reflect.VisibleFields(typ) {
+		if field.Anonymous {
+			continue // its fields are listed beside it
+		}
 		name, options, _ := strings.Cut(field.Tag.Get("json"), ",")
 		if name == "-" {
 			continue

@@ -113,6 +113,8 @@ type Welcome struct {
 const (
 	// ControlCancel stops the run of one attempt.
 	ControlCancel = "cancel"
+	// ControlLimit tells the run of one attempt how many tokens its reply may have now.
+	ControlLimit = "limit"
 	// ControlInventory asks for the full heartbeat, inventory included.
 	ControlInventory = "inventory"
 )
@@ -122,6 +124,9 @@ type Control struct {
 	Operation string `json:"operation"`
 	Nonce     Nonce  `json:"nonce,omitempty"`
 	Reason    string `json:"reason,omitempty"`
+	// Limit and More are those of a Verdict.
+	Limit int64 `json:"limit,omitempty"`
+	More  bool  `json:"more,omitempty"`
 }
 
 // Encode returns the wire form of the request.

@@ -14,6 +14,10 @@ const (
 	JobStream = "OWNLLM_JOBS"
 	// JobSubjects is what JobStream captures.
 	JobSubjects = Prefix + "job.>"
+	// UsageStream holds what workers report of requests whose owner is gone.
+	UsageStream = "OWNLLM_USAGE"
+	// UsageSubjects is what UsageStream captures.
+	UsageSubjects = Prefix + "usage.>"
 )
 
 // JobSubject is ownllm.v1.job.<tenant>.<agent>.<model>: the owner of a request
@@ -78,8 +82,8 @@ func HelloSubject(t TenantID, a AgentID) string {
 // HelloWildcard is ownllm.v1.hello.*.*: every hello.
 const HelloWildcard = Prefix + "hello.*.*"
 
-// ParseAgentSubject splits the subject of a heartbeat or hello into the tenant and
-// the agent that it names. The subject is what permissions are enforced on, so it,
+// ParseAgentSubject splits the subject of a heartbeat, a hello or a usage report into the
+// tenant and the agent that it names. The subject is what permissions are enforced on, so it,
 // and never the payload, says who speaks.
 func ParseAgentSubject(subject string) (TenantID, AgentID, error) {
 	rest, ok := strings.CutPrefix(subject, Prefix)
@@ -87,10 +91,16 @@ func ParseAgentSubject(subject string) (TenantID, AgentID, error) {
 		return "", "", fmt.Errorf("subject %q is outside %q", subject, Prefix)
 	}
 	kind, rest, ok := strings.Cut(rest, ".")
-	if !ok || kind != "hb" && kind != "hello" {
+	if !ok || kind != "hb" && kind != "hello" && kind != "usage" {
 		return "", "", fmt.Errorf("subject %q isn't of an agent", subject)
 	}
 	return parseAgent(rest)
+}
+
+// UsageSubject is ownllm.v1.usage.<tenant>.<agent>: what a worker counted of a request
+// whose owner is gone, to the brokers. UsageStream stores it.
+func UsageSubject(t TenantID, a AgentID) string {
+	return Prefix + "usage." + EncodeToken(string(t)) + "." + EncodeToken(string(a))
 }
 
 // AgentInbox is <inbox>.<tenant>.<agent>: a reply subject that says whose answer

@@ -32,10 +32,12 @@ func TestSubjects(t *testing.T) {
 		ControlSubject(agent):                         "ownllm.v1.ctl.agt_2",
 		HeartbeatSubject(tenant, agent):               "ownllm.v1.hb.ten_1.agt_2",
 		HelloSubject(tenant, agent):                   "ownllm.v1.hello.ten_1.agt_2",
+		UsageSubject(tenant, agent):                   "ownllm.v1.usage.ten_1.agt_2",
 		AgentInbox("_INBOX.abc", tenant, agent):       "_INBOX.abc.ten_1.agt_2",
 		HeartbeatWildcard:                             "ownllm.v1.hb.>",
 		HelloWildcard:                                 "ownllm.v1.hello.*.*",
 		JobSubjects:                                   "ownllm.v1.job.>",
+		UsageSubjects:                                 "ownllm.v1.usage.>",
 	} {
 		if got != want {
 			t.Errorf("subject %q, want %q", got, want)
@@ -60,6 +62,7 @@ func TestSubjectsOfHostileNames(t *testing.T) {
 				{ControlSubject(agent), 4, ""},
 				{HeartbeatSubject(tenant, agent), 5, HeartbeatWildcard},
 				{HelloSubject(tenant, agent), 5, HelloWildcard},
+				{UsageSubject(tenant, agent), 5, UsageSubjects},
 				{AgentInbox("_INBOX.abc", tenant, agent), 4, "_INBOX.abc.*.*"},
 			} {
 				tokens := strings.Split(s.subject, ".")
@@ -109,7 +112,7 @@ func TestAgentSubjectsParse(t *testing.T) {
 	for _, x := range hostile {
 		for _, y := range hostile {
 			tenant, agent := TenantID(x), AgentID(y)
-			for _, subject := range []string{HeartbeatSubject(tenant, agent), HelloSubject(tenant, agent)} {
+			for _, subject := range []string{HeartbeatSubject(tenant, agent), HelloSubject(tenant, agent), UsageSubject(tenant, agent)} {
 				gotTenant, gotAgent, err := ParseAgentSubject(subject)
 				if err != nil || gotTenant != tenant || gotAgent != agent {
 					t.Errorf("ParseAgentSubject(%q) = %q, %q, %v", subject, gotTenant, gotAgent, err)
@@ -129,7 +132,7 @@ func TestAgentSubjectsRefused(t *testing.T) {
 		"", "ownllm", "ownllm.v1.", "ownllm.v1.hb", "ownllm.v1.hb.", "ownllm.v1.hb.t", "ownllm.v1.hb.t.", "ownllm.v1.hb..a",
 		"ownllm.v1.hb.t.a.b", "ownllm.v1.hb.t.a.", "ownllm.v1.hello.t", "ownllm.v1.ctl.t.a", "ownllm.v1.job.t.a", "ownllm.v1.HB.t.a",
 		"ownllm.v2.hb.t.a", "xownllm.v1.hb.t.a", "ownllm.v1.hb.t.*", "ownllm.v1.hb.>", "ownllm.v1.hb.=2e.a", "ownllm.v1.hb.t.=41",
-		"ownllm.v1.hb.t/a.b", "ownllm.v1.hb.t.a b",
+		"ownllm.v1.hb.t/a.b", "ownllm.v1.hb.t.a b", "ownllm.v1.usage.t",
 	} {
 		if tenant, agent, err := ParseAgentSubject(subject); err == nil || tenant != "" || agent != "" {
 			t.Errorf("ParseAgentSubject(%q) = %q, %q, %v", subject, tenant, agent, err)
@@ -172,7 +175,7 @@ func matches(wildcard, subject string) bool {
 }
 
 func FuzzParseAgentSubject(f *testing.F) {
-	for _, s := range []string{"", "ownllm.v1.hb.ten_1.agt_2", "ownllm.v1.hello.=.=", "ownllm.v1.hb.t.a.b", "ownllm.v1.hb.=2E.=2A"} {
+	for _, s := range []string{"", "ownllm.v1.hb.ten_1.agt_2", "ownllm.v1.hello.=.=", "ownllm.v1.usage.t.a", "ownllm.v1.hb.t.a.b", "ownllm.v1.hb.=2E.=2A"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, subject string) {
@@ -180,7 +183,7 @@ func FuzzParseAgentSubject(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if subject != HeartbeatSubject(tenant, agent) && subject != HelloSubject(tenant, agent) {
+		if subject != HeartbeatSubject(tenant, agent) && subject != HelloSubject(tenant, agent) && subject != UsageSubject(tenant, agent) {
 			t.Errorf("%q means tenant %q and agent %q, whose subjects are others", subject, tenant, agent)
 		}
 	})

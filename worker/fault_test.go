@@ -6,8 +6,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go"
-
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
@@ -111,70 +109,6 @@ func TestOwnerThatDies(t *testing.T) {
 	until(t, "an empty queue", func() bool { return h.depth() == 0 })
 }
 
-// owner is an owner that a test plays by hand.
-type owner struct {
-	h      *house
-	nc     *nats.Conn
-	id     schemas.OwnerID
-	frames *nats.Subscription
-}
-
-func (h *house) owner() *owner {
-	h.t.Helper()
-	o := &owner{h: h, nc: h.nats.Connect("other owner"), id: schemas.NewOwnerID()}
-	var err error
-	if o.frames, err = o.nc.SubscribeSync(schemas.OutWildcard(o.id)); err != nil {
-		h.t.Fatal(err)
-	}
-	return o
-}
-
-// job is one that the worker would run.
-func (o *owner) job(deadline time.Time) *schemas.Job {
-	return &schemas.Job{
-		Version: schemas.ProtocolVersion, Request: schemas.NewRequestID(), Attempt: 1, Nonce: schemas.NewNonce(),
-		Owner: o.id, Tenant: tenant, Operation: "chat", Model: "demo", ReplyModel: "demo",
-		Deadline: deadline.UnixMilli(), Completion: "chatcmpl-1", Stream: true,
-	}
-}
-
-const body = `{"model":"demo","messages":[{"role":"user","content":"Hi"}],"stream":true}`
-
-// publish puts a job into the queue.
-func (o *owner) publish(job *schemas.Job) {
-	o.h.t.Helper()
-	if _, err := o.h.queue.Publish(o.h.t.Context(), agent, job, body, nats.Header{}); err != nil {
-		o.h.t.Fatal(err)
-	}
-}
-
-// answer waits for a frame of the kind and answers every frame before it, and it, too.
-func (o *owner) answer(kind schemas.FrameKind, v schemas.Verdict) schemas.Frame {
-	o.h.t.Helper()
-	for {
-		m, err := o.frames.NextMsg(patience)
-		if err != nil {
-			o.h.t.Fatalf("no frame of kind %s: %v", kind, err)
-		}
-		f, err := schemas.DecodeFrame(m.Data)
-		if err != nil {
-			o.h.t.Fatal(err)
-		}
-		v.Seq = f.Seq
-		if v.Go {
-			v.Next = f.Seq + 1
-		}
-		if m.Reply != "" {
-			if err := m.Respond(v.Encode()); err != nil {
-				o.h.t.Fatal(err)
-			}
-		}
-		if f.Kind == kind {
-			return f
-		}
-	}
-}
-
 // A job whose time is up isn't run, and its owner hears why: if the two clocks don't
 // agree, it would wait in vain.
 func TestLateJob(t *testing.T) {
@@ -266,7 +200,7 @@ func TestBackendThatIsDown(t *testing.T) {
 	h, s := one(t, demo.Options{}, 1)
 	up := s.demo.Swap(nil)
 	until(t, "the model to fail", func() bool { return h.state("demo") == schemas.ModelFailed })
-	if _, err := h.d.Start(context.Background(), request("demo", true, nil)); err == nil || schemas.AsError(err).Code != schemas.CodeBackendError {
+	if _, _, err := h.d.Start(context.Background(), request("demo", true, nil)); err == nil || schemas.AsError(err).Code != schemas.CodeBackendError {
 		t.Errorf("a request for it gets %v", err)
 	}
 	s.demo.Store(up)

@@ -19,8 +19,10 @@ import (
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/broker/registry"
 	"github.com/ownllm/ownllm/internal/natstest"
+	"github.com/ownllm/ownllm/internal/quotatest"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker"
 	"github.com/ownllm/ownllm/worker/backend"
@@ -110,13 +112,14 @@ type house struct {
 	stopOwner func()
 	tokens    *nats.Conn // of the worker
 	stop      func()     // stops the worker, and waits until it has
+	books     *quotatest.Books
 }
 
 // newHouse starts everything, and a worker with the backends, and waits until the worker
 // is there.
 func newHouse(t testing.TB, cfg worker.Config) *house {
 	t.Helper()
-	h := &house{t: t, nats: natstest.Start(t), table: presence.NewTable()}
+	h := &house{t: t, nats: natstest.Start(t), table: presence.NewTable(), books: quotatest.New()}
 	_, h.queue = h.nats.Queue(100)
 	broker, owner := h.nats.Connect("broker"), h.nats.Connect("owner")
 	h.feed = presence.NewFeed(owner, h.table, natstest.Log)
@@ -124,7 +127,8 @@ func newHouse(t testing.TB, cfg worker.Config) *house {
 	deadlines.ColdWait = patience
 	var err error
 	h.d, err = dispatch.New(dispatch.Parts{
-		Tokens: owner, Bulk: h.nats.Connect("bulk"), Agents: h.table, Feed: h.feed, Log: natstest.Log,
+		Tokens: owner, Bulk: h.nats.Connect("bulk"), Agents: h.table, Feed: h.feed,
+		Gate: h.books.Gate(t, quota.Config{}), Log: natstest.Log,
 	}, deadlines)
 	if err != nil {
 		t.Fatal(err)
@@ -205,7 +209,7 @@ type chat struct {
 // start starts a request, which is closed at the end of the test if it isn't before.
 func (h *house) start(req dispatch.Request) *chat {
 	h.t.Helper()
-	reply, err := h.d.Start(context.Background(), req)
+	reply, _, err := h.d.Start(context.Background(), req)
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -96,13 +96,17 @@ func (w *Worker) control(m *nats.Msg) {
 		w.log.Warn("control request dropped", "error", err)
 		return
 	}
+	w.mu.Lock()
+	r := w.runs[c.Nonce]
+	w.mu.Unlock()
 	switch c.Operation {
 	case schemas.ControlCancel:
-		w.mu.Lock()
-		r := w.runs[c.Nonce]
-		w.mu.Unlock()
 		if r != nil {
 			r.cancel(errCancelled)
+		}
+	case schemas.ControlLimit:
+		if r != nil {
+			r.allowance.set(c.Limit, c.More)
 		}
 	case schemas.ControlInventory:
 		_, inventory := w.stock.inventory()

@@ -31,6 +31,8 @@ type run struct {
 	// started is closed once the run has its slot, or needs none.
 	started chan struct{}
 	working atomic.Bool // has a slot
+	// allowance is how many tokens the reply may have.
+	allowance *allowance
 }
 
 func newRun(life context.Context, w *Worker, m *nats.Msg) (*run, error) {
@@ -41,7 +43,7 @@ func newRun(life context.Context, w *Worker, m *nats.Msg) (*run, error) {
 	if job.Tenant != w.cfg.Tenant {
 		return nil, fmt.Errorf("job %s is of tenant %s", job.Request, job.Tenant)
 	}
-	r := &run{w: w, job: job, body: body, life: life, started: make(chan struct{})}
+	r := &run{w: w, job: job, body: body, life: life, started: make(chan struct{}), allowance: newAllowance(job)}
 	r.ctx, r.cancel = context.WithCancelCause(life)
 	r.sender = newSender(w, job, m.Reply, r.cancel)
 	return r, nil
@@ -93,9 +95,12 @@ func (r *run) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	prompt, err := p.backend.CheckContext(ctx, r.job.Model, body)
+	prompt, err := p.backend.CheckContext(ctx, r.job.Model, body, r.job.Count)
 	if err != nil {
 		return err
+	}
+	if prompt > 0 && r.job.Count {
+		r.counted(prompt)
 	}
 	return r.chat(ctx, p.backend, body, prompt)
 }
@@ -131,15 +136,20 @@ func (r *run) chat(ctx context.Context, b *backend.Backend, body []byte, prompt 
 }
 
 func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, prompt int, first func()) error {
-	reply, err := b.Chat(ctx, &backend.Call{
+	call := &backend.Call{
 		Model: r.job.Model, Body: body, Stream: r.job.Stream, IncludeUsage: r.job.IncludeUsage,
 		Completion: r.job.Completion, Created: r.job.Created, ReplyModel: r.job.ReplyModel,
 		PromptTokens: prompt,
-	})
+	}
+	r.allowance.bound(call)
+	reply, err := b.Chat(ctx, call)
 	if err != nil {
 		return err
 	}
-	defer reply.Close()
+	defer func() {
+		r.spent(reply.Usage().PromptTokens)
+		reply.Close()
+	}()
 	if !r.job.Stream {
 		whole, err := reply.Body()
 		if err != nil {
@@ -179,6 +189,13 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, prompt
 		if len(lines) > 0 {
 			if sendErr := r.chunk(ctx, lines, reply.Tokens()); sendErr != nil {
 				return sendErr
+			}
+		}
+		if errors.Is(err, backend.ErrHeld) {
+			var allowed bool
+			if allowed, err = r.awaitMore(ctx, reply.Wanted()); err == nil && !allowed {
+				r.done(reply.Cut(lines[:0]), reply.Tokens(), reply.Usage())
+				return nil
 			}
 		}
 		if err != nil {
@@ -247,6 +264,9 @@ func (r *run) finish(ctx context.Context, err error) {
 		// Nobody waits for this run any more. What the backend complains of is only the
 		// echo of its end.
 		r.settle(ackTerm)
+		if errors.Is(cause, errOwnerGone) {
+			r.account()
+		}
 		return
 	case errors.Is(err, errLate):
 		// An owner whose clock agrees has ended the request by itself, and only says so.
@@ -261,6 +281,19 @@ func (r *run) finish(ctx context.Context, err error) {
 	}
 	r.awaitHeard(r.life)
 	r.settle(ackDone)
+	r.account()
+}
+
+// account has the brokers told what the run burnt, unless its owner knows.
+func (r *run) account() {
+	usage, unsettled := r.unsettled()
+	if !unsettled {
+		return
+	}
+	r.w.log.Warn("request has lost its owner", "request", r.job.Request, "tokens", usage.CompletionTokens)
+	r.w.reports.add(&schemas.UsageReport{
+		Version: schemas.ProtocolVersion, Request: r.job.Request, Attempt: r.job.Attempt, Usage: usage,
+	})
 }
 
 func onceClose(c chan struct{}) func() {
@@ -299,5 +332,6 @@ func (w *Worker) verdict(m *nats.Msg) {
 		w.log.Warn("verdict dropped", "error", err)
 		return
 	}
+	r.allowance.set(v.Limit, v.More)
 	r.answered(v, time.Now())
 }

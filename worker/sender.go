@@ -30,8 +30,12 @@ type sender struct {
 	granted    bool   // the owner has said go
 	last       uint64 // number of the last frame sent
 	tokens     int
-	terminal   bool // the last frame is the final one
-	closed     bool // heard is closed
+	usage      schemas.Usage // of all that was sent; the prompt is 0 if it isn't known
+	prompt     int           // the size of the prompt for the owner, 0 if it isn't known
+	wanted     int           // the tokens that the reply needs to go on; 0: it isn't held up
+	terminal   bool          // the last frame is the final one
+	closed     bool          // heard is closed
+	settled    bool          // the owner has the end of the run, or has ended it
 	kept       []kept
 	buf        []byte    // the frames that are kept, end to end
 	unasked    int       // bytes of frames sent since the last request
@@ -100,9 +104,9 @@ func (s *sender) claim(loading bool) {
 // report sends the state of the run as a request: as a claim until that is granted, as
 // progress from then on. s.mu is held.
 func (s *sender) report() {
-	f := schemas.Frame{Run: s.id, Seq: s.last, Kind: schemas.FrameClaim, Tokens: s.tokens, Loading: s.loading}
+	f := schemas.Frame{Run: s.id, Seq: s.last, Kind: schemas.FrameClaim, Tokens: max(s.tokens, s.wanted), Loading: s.loading}
 	if s.granted {
-		f.Kind = schemas.FrameProgress
+		f.Kind, f.PromptTokens = schemas.FrameProgress, s.prompt
 	}
 	s.unasked = 0
 	b, err := schemas.AppendFrame(nil, &f)
@@ -111,6 +115,34 @@ func (s *sender) report() {
 		return
 	}
 	s.publish(b, true)
+}
+
+// counted tells the owner, now and with each report, how many tokens the prompt has.
+func (s *sender) counted(prompt int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.prompt, s.usage.PromptTokens = prompt, prompt
+	if s.granted && !s.closed {
+		s.report()
+	}
+}
+
+// spent notes how many tokens the prompt had, unless that isn't known.
+func (s *sender) spent(prompt int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.usage.PromptTokens = max(prompt, s.usage.PromptTokens)
+}
+
+// hold tells the owner, now and with each report, how many tokens the reply needs to go
+// on; 0 says that it goes on.
+func (s *sender) hold(wanted int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.wanted = wanted
+	if wanted > 0 && !s.closed {
+		s.report()
+	}
 }
 
 // chunk sends lines of the reply. The lines may be reused once it returns. It waits
@@ -164,6 +196,9 @@ func (s *sender) send(f *schemas.Frame) {
 		return
 	}
 	s.buf, s.last, s.tokens, s.loading = buf, f.Seq, f.Tokens, false
+	if s.usage.CompletionTokens = f.Tokens; f.Usage != nil {
+		s.usage = *f.Usage
+	}
 	s.terminal = f.Kind.Terminal()
 	s.kept = append(s.kept, kept{f.Seq, start, s.terminal})
 	s.unasked += len(buf) - start
@@ -190,6 +225,7 @@ func (s *sender) answered(v schemas.Verdict, now time.Time) {
 	defer s.mu.Unlock()
 	s.spoke, s.missing = now, time.Time{}
 	if !v.Go {
+		s.settled = true
 		s.close()
 		if v.Reason == schemas.ReasonSuperseded {
 			s.stop(errFenced)
@@ -198,10 +234,16 @@ func (s *sender) answered(v schemas.Verdict, now time.Time) {
 		}
 		return
 	}
-	s.granted = true
+	if !s.granted {
+		s.granted = true
+		if s.prompt > 0 {
+			s.report() // which the claim couldn't tell
+		}
+	}
 	s.drop(v.Next)
 	if v.Next > s.last {
 		if s.terminal {
+			s.settled = true
 			s.close()
 		}
 		return
@@ -316,6 +358,13 @@ func (s *sender) awaitHeard(life context.Context) {
 	case <-timer.C:
 	case <-life.Done():
 	}
+}
+
+// unsettled returns what the run has burnt, and whether its owner may not know that.
+func (s *sender) unsettled() (schemas.Usage, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.usage, !s.settled
 }
 
 // pump reports on all runs, and at once when the bus is back.

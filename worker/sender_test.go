@@ -14,7 +14,9 @@ import (
 
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/internal/natstest"
+	"github.com/ownllm/ownllm/internal/quotatest"
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -47,7 +49,8 @@ func newBadLine(t *testing.T) *badLine {
 	table := presence.NewTable()
 	owner := server.Connect("owner")
 	d, err := dispatch.New(dispatch.Parts{
-		Tokens: owner, Bulk: owner, Agents: table, Feed: presence.NewFeed(owner, table, natstest.Log), Log: natstest.Log,
+		Tokens: owner, Bulk: owner, Agents: table, Feed: presence.NewFeed(owner, table, natstest.Log),
+		Gate: quotatest.New().Gate(t, quota.Config{}), Log: natstest.Log,
 	}, dispatch.DefaultConfig())
 	if err != nil {
 		t.Fatal(err)
@@ -140,7 +143,7 @@ type passage struct {
 func (l *badLine) open(t *rapid.T) *passage {
 	p := &passage{badLine: l, now: time.Now(), heard: time.Now()}
 	var err error
-	p.reply, err = l.d.Start(context.Background(), dispatch.Request{
+	p.reply, _, err = l.d.Start(context.Background(), dispatch.Request{
 		ID: schemas.NewRequestID(), Tenant: testTenant, Operation: "chat", Model: testModel, Body: "{}", Stream: true, Received: p.now,
 	})
 	if err != nil {
@@ -330,7 +333,13 @@ func (l *badLine) pass(t *rapid.T) {
 			p.deliver(t, m)
 		}
 		p.frames = nil
-		p.collect(t)
+		// The last frame is answered when the books have it, which no barrier waits for.
+		for deadline := time.Now().Add(time.Second); ; {
+			p.collect(t)
+			if len(p.verdicts) > 0 || time.Now().After(deadline) {
+				break
+			}
+		}
 		for _, m := range p.verdicts {
 			p.answer(t, m)
 		}

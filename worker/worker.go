@@ -6,7 +6,10 @@
 // when the owner says so. It keeps what it has sent until the owner has taken it, so
 // a lost connection costs time and no tokens.
 //
-// The goroutines: one for heartbeats, inventory and progress each, one for each model
+// What a request has burnt whose owner dies, it reports to the brokers, who have kept the
+// money for it.
+//
+// The goroutines: one for heartbeats, inventory, progress and reports each, one for each model
 // that pulls jobs, and one for each job at hand. Run waits for all of them.
 package worker
 
@@ -21,6 +24,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/schemas"
@@ -52,6 +56,7 @@ type Worker struct {
 	tokens      *nats.Conn // frames, control, jobs
 	bulk        *nats.Conn // large bodies, so that they never delay a token
 	stock       *stock
+	reports     *reports
 	log         *slog.Logger
 	inbox       string        // verdicts come to inbox.<run>
 	introduce   chan struct{} // holds one token: a hello is due
@@ -77,6 +82,9 @@ func New(tokens, bulk *nats.Conn, cfg Config, log *slog.Logger) *Worker {
 		past:        past{set: make(map[schemas.Nonce]struct{})},
 	}
 	w.stock = newStock(cfg.Backends, w.log)
+	w.reports = newReports(func(ctx context.Context, u *schemas.UsageReport) error {
+		return bus.ReportUsage(ctx, w.bulk, cfg.Tenant, cfg.Agent, u)
+	}, w.log)
 	return w
 }
 
@@ -117,6 +125,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	background, bgCtx := errgroup.WithContext(life)
 	background.Go(func() error { return w.beat(bgCtx) })
 	background.Go(func() error { return w.pump(bgCtx) })
+	background.Go(func() error { return w.reports.run(bgCtx) })
 	background.Go(func() error { return w.watchStock(bgCtx) })
 	background.Go(func() error { return w.stock.waitLoads(bgCtx) })
 
@@ -131,6 +140,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	}
 	stop(errDraining)
 	err = errors.Join(pulls, background.Wait())
+	w.reports.flush()
 	w.stock.close()
 	return err
 }

@@ -64,7 +64,7 @@ func (s *Store) UpsertAgent(ctx context.Context, r AgentReport) error {
 	if err != nil {
 		return err
 	}
-	return s.write(ctx, "store an agent", func(ctx context.Context, tx pgx.Tx) ([]Change, error) {
+	return s.write(ctx, "store an agent", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
 		tag, err := tx.Exec(ctx, `
 			INSERT INTO agents (id, tenant_id, name, inventory, inventory_hash, incarnation)
 			VALUES ($1, $2, $3, $4::jsonb, $5, $6)
@@ -86,7 +86,7 @@ func (s *Store) TouchAgents(ctx context.Context, ids []schemas.AgentID) error {
 	if len(ids) == 0 {
 		return nil
 	}
-	return s.write(ctx, "touch the agents", func(ctx context.Context, tx pgx.Tx) ([]Change, error) {
+	return s.write(ctx, "touch the agents", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
 		_, err := tx.Exec(ctx, `
 			UPDATE agents SET last_seen = now()
 			WHERE id IN (SELECT id FROM agents WHERE id = ANY ($1) FOR NO KEY UPDATE SKIP LOCKED)`, ids)

@@ -18,6 +18,16 @@
 // snapshot as the rest of its answer, at which version it looked. Old rows of the list
 // are pruned, and a reader that is behind them is told to start afresh.
 //
+// # What admins may rely on
+//
+// A change and its entry in the audit are one transaction: neither is there without the
+// other, and what changes nothing has no entry. Entries are numbered while the counter's
+// row is locked, so their ids are in the order of commits, and who follows them misses
+// none. A create or rotation that was given a name (WithIdempotency) is made once, however
+// often and wherever it is asked for: the name is claimed first of all in its transaction,
+// and whoever claims the same name meanwhile waits for that to end. New limits hold for the
+// next admission, which reads them itself.
+//
 // # What is promised about money and slots
 //
 // A request is admitted by a reservation, which holds one of its key's slots and the
@@ -73,7 +83,7 @@ type Config struct {
 	// MaxConns bounds the connections of this process; 0 stands for 8.
 	MaxConns int
 	// Timeout bounds every call, however patient its context is; 0 stands for 5 s.
-	// Migrate is exempt.
+	// Migrate is exempt, and Usage may take six times as long.
 	Timeout time.Duration
 }
 
@@ -137,7 +147,12 @@ func (s *Store) Ping(ctx context.Context) error {
 // the database the pool is full of dead connections, and the first call to find one
 // replaces them all.
 func (s *Store) read(ctx context.Context, what string, query func(context.Context) error) error {
-	bounded, cancel := context.WithTimeout(ctx, s.timeout)
+	return s.readFor(ctx, s.timeout, what, query)
+}
+
+// readFor is read with a timeout of its own.
+func (s *Store) readFor(ctx context.Context, timeout time.Duration, what string, query func(context.Context) error) error {
+	bounded, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	err := query(bounded)
 	if bounded.Err() == nil && unreachable(err) {
@@ -167,16 +182,20 @@ func (s *Store) at() *time.Time {
 	return &now
 }
 
-// write runs a transaction. What it reports as changed gets the next version.
-func (s *Store) write(ctx context.Context, what string, work func(context.Context, pgx.Tx) ([]Change, error)) error {
+// write runs a transaction. What it reports as done gets the next version, and an entry
+// in the audit.
+func (s *Store) write(ctx context.Context, what string, work func(context.Context, pgx.Tx) ([]deed, error)) error {
 	return s.once(ctx, what, func(ctx context.Context) error {
 		return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-			changed, err := work(ctx, tx)
-			if err != nil || len(changed) == 0 {
+			deeds, err := work(ctx, tx)
+			if err != nil || len(deeds) == 0 {
 				return err
 			}
 			// Last of all, because it makes every other writer wait.
-			return s.record(ctx, tx, changed)
+			if err := s.record(ctx, tx, deeds); err != nil {
+				return err
+			}
+			return audit(ctx, tx, deeds)
 		})
 	})
 }

@@ -17,6 +17,8 @@ const (
 	KindUser Kind = "user"
 	// KindKey is an API key; the id is a schemas.KeyID.
 	KindKey Kind = "key"
+	// KindPrice is the price of a model, which only the audit speaks of.
+	KindPrice Kind = "price"
 )
 
 // Change says that something was made or changed.
@@ -68,11 +70,14 @@ func (s *Store) Changes(ctx context.Context, since int64) (Changes, error) {
 	return out, nil
 }
 
-// record gives the changes of a transaction the next version and prunes old ones.
-func (s *Store) record(ctx context.Context, tx pgx.Tx, changed []Change) error {
-	kinds, ids := make([]string, len(changed)), make([]string, len(changed))
-	for i, c := range changed {
-		kinds[i], ids[i] = string(c.Kind), c.ID
+// record gives what was done in a transaction the next version, lists what caches know
+// of, and prunes old versions.
+func (s *Store) record(ctx context.Context, tx pgx.Tx, deeds []deed) error {
+	var kinds, ids []string
+	for _, d := range deeds {
+		if d.Kind != KindPrice {
+			kinds, ids = append(kinds, string(d.Kind)), append(ids, d.ID)
+		}
 	}
 	_, err := tx.Exec(ctx, `
 		WITH counter AS (

@@ -67,8 +67,8 @@ func TestChangesArePruned(t *testing.T) {
 	s := open(t)
 	s.KeepChanges(5)
 	household(t, s, "acme")
-	for range 20 {
-		if _, err := s.SetTenantState(t.Context(), "acme", books.TenantActive); err != nil {
+	for i := range 20 {
+		if _, err := s.SetTenant(t.Context(), "acme", books.TenantChange{QPS: new(100 + i)}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -86,7 +86,7 @@ func TestChangesArePruned(t *testing.T) {
 	}
 	// Who keeps more, a later version say, doesn't bring the pruned back.
 	s.KeepChanges(1000)
-	if _, err := s.SetTenantState(t.Context(), "acme", books.TenantActive); err != nil {
+	if _, err := s.SetTenantState(t.Context(), "acme", books.TenantSuspended); err != nil {
 		t.Fatal(err)
 	}
 	if c := changes(t, s, 16); !c.Reset {

@@ -90,9 +90,9 @@ func translate(ctx context.Context, what string, err error) error {
 
 // duplicates says what a violated constraint means.
 var duplicates = map[string]*schemas.Error{
-	"tenants_slug_key":  invalid("slug", "There is a tenant with this slug already."),
-	"users_email":       invalid("email", "The tenant has a user with this e-mail address already."),
-	"api_keys_hash_key": invalid("key", "There is a key with this secret already."),
+	"tenants_slug_key": invalid("slug", "There is a tenant with this slug already."),
+	"users_email":      invalid("email", "The tenant has a user with this e-mail address already."),
+	"key_secrets_pkey": invalid("key", "There is a key with this secret already."),
 }
 
 func invalid(param, format string, args ...any) *schemas.Error {

@@ -15,6 +15,14 @@ func (s *Store) DownTo(ctx context.Context, version int64) error {
 	})
 }
 
+// UpTo takes the schema up to a version.
+func (s *Store) UpTo(ctx context.Context, version int64) error {
+	return s.migrating(ctx, func(p *goose.Provider) error {
+		_, err := p.UpTo(ctx, version)
+		return err
+	})
+}
+
 // KeepChanges sets how many versions of the change list are kept.
 func (s *Store) KeepChanges(n int64) { s.kept = n }
 

@@ -27,33 +27,35 @@ func (s *Store) EnsureFirst(ctx context.Context, secret apikey.Key) (t Tenant, u
 	if err != nil {
 		return Tenant{}, User{}, Key{}, err
 	}
-	err = s.write(ctx, "make the first key", func(ctx context.Context, tx pgx.Tx) (made []Change, err error) {
+	err = s.write(ctx, "make the first key", func(ctx context.Context, tx pgx.Tx) (made []deed, err error) {
 		// Two processes may be here at once: the second finds what the first has made.
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1)`, firstLock); err != nil {
 			return nil, err
 		}
+		var d deed
 		if t, err = getTenant(ctx, tx, FirstTenant); isNotFound(err) {
-			t, err = createTenant(ctx, tx, NewTenant{Slug: FirstTenant})
-			made = append(made, Change{KindTenant, string(t.ID)})
+			t, d, err = createTenant(ctx, tx, schemas.NewTenantID(), NewTenant{Slug: FirstTenant, Name: FirstTenant, QPS: new(defaultQPS)})
+			made = append(made, d)
 		}
 		if err != nil {
 			return nil, err
 		}
 		if u, err = getUser(ctx, tx, t.ID, FirstEmail); isNotFound(err) {
-			u, err = createUser(ctx, tx, t.ID, FirstEmail)
-			made = append(made, Change{KindUser, string(u.ID)})
+			u, d, err = createUser(ctx, tx, schemas.NewUserID(), t.ID, FirstEmail)
+			made = append(made, d)
 		}
 		if err != nil {
 			return nil, err
 		}
 		hash := n.Secret.Hash()
-		rows, err := tx.Query(ctx, `SELECT `+keyColumns+` FROM api_keys WHERE tenant_id = $1 AND hash = $2`, t.ID, hash[:])
+		rows, err := tx.Query(ctx, `
+			SELECT `+keyColumns+` FROM api_keys WHERE tenant_id = $1 AND id = (SELECT key_id FROM key_secrets WHERE hash = $2)`, t.ID, hash[:])
 		if err != nil {
 			return nil, err
 		}
 		if k, err = pgx.CollectExactlyOneRow(rows, scanKey); errors.Is(err, pgx.ErrNoRows) {
-			k, err = createKey(ctx, tx, u, n)
-			made = append(made, Change{KindKey, string(k.ID)})
+			k, d, err = createKey(ctx, tx, schemas.NewKeyID(), u, n)
+			made = append(made, d)
 		}
 		return made, err
 	})

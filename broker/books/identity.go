@@ -19,14 +19,15 @@ type Identity struct {
 	Slug        string // of the tenant
 	User        schemas.UserID
 	Name        string // of the key
-	Prefix      string // the part of the key that may be seen
+	Prefix      string // the part of the secret that may be seen
 	Scopes      []string
 	BudgetCents *int64 // for a month; nil: no bound
 	Concurrency int    // requests of the key in flight
 	QPS         int    // requests of the tenant each second
 
-	Revoked     bool
-	ExpiresAt   *time.Time // nil: never
+	Revoked bool
+	// ExpiresAt is when the key or this secret of it ends, whichever is earlier; nil: never.
+	ExpiresAt   *time.Time
 	TenantState TenantState
 	UserState   UserState
 
@@ -47,20 +48,22 @@ func (id Identity) Allows(model string) bool {
 	return false
 }
 
-// LookupKey returns whom a key stands for, even if it isn't valid any more: that is
-// for the caller to judge. A key that doesn't exist is a key_invalid *schemas.Error.
+// LookupKey returns whom the key with a secret stands for, even if it isn't valid any
+// more: that is for the caller to judge. A secret that no key has or had is a key_invalid
+// *schemas.Error.
 func (s *Store) LookupKey(ctx context.Context, hash apikey.Hash) (Identity, error) {
 	var id Identity
 	err := s.read(ctx, "look up a key", func(ctx context.Context) error {
 		id = Identity{}
 		err := s.pool.QueryRow(ctx, `
-			SELECT k.id, k.tenant_id, t.slug, k.user_id, k.name, k.prefix, k.scopes, k.budget_cents, k.concurrency, t.qps,
-				k.revoked_at IS NOT NULL, k.expires_at, t.state, u.state, now(), c.version
-			FROM api_keys k
+			SELECT k.id, k.tenant_id, t.slug, k.user_id, k.name, s.prefix, k.scopes, k.budget_cents, k.concurrency, t.qps,
+				k.revoked_at IS NOT NULL, least(k.expires_at, s.expires_at), t.state, u.state, now(), c.version
+			FROM key_secrets s
+			JOIN api_keys k ON k.id = s.key_id
 			JOIN tenants t ON t.id = k.tenant_id
 			JOIN users u ON u.id = k.user_id
 			CROSS JOIN change_counter c
-			WHERE k.hash = $1`, hash[:]).
+			WHERE s.hash = $1`, hash[:]).
 			Scan(&id.Key, &id.Tenant, &id.Slug, &id.User, &id.Name, &id.Prefix, &id.Scopes, &id.BudgetCents, &id.Concurrency, &id.QPS,
 				&id.Revoked, &id.ExpiresAt, &id.TenantState, &id.UserState, &id.AsOf, &id.Version)
 		if errors.Is(err, pgx.ErrNoRows) {

@@ -2,6 +2,9 @@ package books
 
 import (
 	"context"
+	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -21,7 +24,7 @@ type Key struct {
 	User   schemas.UserID   `json:"user_id"`
 	Email  string           `json:"email"` // of the user
 	Name   string           `json:"name"`
-	// Prefix is the part of the secret that may be seen.
+	// Prefix is the part of the current secret that may be seen.
 	Prefix string `json:"prefix"`
 	// Scopes are "model:<id>" or "model:*"; there is at least one.
 	Scopes []string `json:"scopes"`
@@ -42,7 +45,8 @@ type NewKey struct {
 	Scopes      []string       // none: all models
 	BudgetCents *int64         // nil: no bound
 	Concurrency *int           // nil: 32
-	TTL         *time.Duration // nil: it doesn't expire
+	TTL         *time.Duration // from now on; nil: it doesn't expire
+	ExpiresAt   *time.Time     // instead of a TTL
 	// Secret is used if it isn't zero, else a new one is made.
 	Secret apikey.Key
 }
@@ -55,8 +59,8 @@ func (n NewKey) checked() (_ NewKey, err error) {
 	if n.Scopes, err = checkScopes(n.Scopes); err != nil {
 		return NewKey{}, err
 	}
-	if n.BudgetCents != nil && (*n.BudgetCents < 0 || *n.BudgetCents > maxBudget) {
-		return NewKey{}, invalid("budget_cents", "budget_cents must be from 0 to %d.", int64(maxBudget))
+	if err := checkBudget(n.BudgetCents); err != nil {
+		return NewKey{}, err
 	}
 	concurrency, err := checkRate("concurrency", n.Concurrency, defaultConcurrency)
 	if err != nil {
@@ -64,7 +68,10 @@ func (n NewKey) checked() (_ NewKey, err error) {
 	}
 	n.Concurrency = &concurrency
 	if n.TTL != nil && (*n.TTL <= 0 || *n.TTL > maxTTL) {
-		return NewKey{}, invalid("ttl", "ttl must be more than 0 and at most 100 years.")
+		return NewKey{}, invalid("ttl_seconds", "A key's lifetime must be more than 0 and at most 100 years.")
+	}
+	if n.TTL != nil && n.ExpiresAt != nil {
+		return NewKey{}, invalid("expires_at", "A key can't have both a lifetime and an expires_at.")
 	}
 	if n.Secret.IsZero() {
 		n.Secret = apikey.New()
@@ -72,8 +79,20 @@ func (n NewKey) checked() (_ NewKey, err error) {
 	return n, nil
 }
 
+// content says all of what is asked for, but for the secret itself, of which it has the
+// hash.
+func (n NewKey) content(given apikey.Key) any {
+	var expires string
+	if n.ExpiresAt != nil {
+		expires = n.ExpiresAt.UTC().Format(time.RFC3339Nano)
+	}
+	return []any{n.Tenant, n.User, n.Name, n.Scopes, n.BudgetCents, n.Concurrency, n.TTL, expires, hashText(given)}
+}
+
 const keyColumns = `id, tenant_id, (SELECT slug FROM tenants WHERE tenants.id = api_keys.tenant_id),
-	user_id, (SELECT email FROM users WHERE users.id = api_keys.user_id), name, prefix, scopes, budget_cents, concurrency, expires_at, revoked_at, created_at`
+	user_id, (SELECT email FROM users WHERE users.id = api_keys.user_id), name,
+	coalesce((SELECT prefix FROM key_secrets WHERE key_secrets.key_id = api_keys.id AND key_secrets.expires_at IS NULL), ''),
+	scopes, budget_cents, concurrency, expires_at, revoked_at, created_at`
 
 func scanKey(row pgx.CollectableRow) (Key, error) {
 	var k Key
@@ -82,13 +101,25 @@ func scanKey(row pgx.CollectableRow) (Key, error) {
 	return k, err
 }
 
-// CreateKey makes a key, and returns its secret, which can't be had again.
+// CreateKey makes a key, and returns its secret, which can't be had again. See
+// WithIdempotency.
 func (s *Store) CreateKey(ctx context.Context, n NewKey) (k Key, secret apikey.Key, err error) {
+	given := n.Secret
 	n, err = n.checked()
 	if err != nil {
 		return Key{}, apikey.Key{}, err
 	}
-	err = s.write(ctx, "create a key", func(ctx context.Context, tx pgx.Tx) ([]Change, error) {
+	err = s.write(ctx, "create a key", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
+		id := schemas.NewKeyID()
+		made, err := claim(ctx, tx, "key.create", n.content(given), string(id))
+		if err != nil {
+			return nil, err
+		}
+		if made != "" {
+			secret = given
+			k, err = getKey(ctx, tx, schemas.KeyID(made))
+			return nil, err
+		}
 		t, err := getTenant(ctx, tx, n.Tenant)
 		if err != nil {
 			return nil, err
@@ -97,49 +128,112 @@ func (s *Store) CreateKey(ctx context.Context, n NewKey) (k Key, secret apikey.K
 		if err != nil {
 			return nil, err
 		}
-		k, err = createKey(ctx, tx, u, n)
-		return []Change{{KindKey, string(k.ID)}}, err
+		var d deed
+		k, d, err = createKey(ctx, tx, id, u, n)
+		secret = n.Secret
+		return []deed{d}, err
 	})
 	if err != nil {
 		return Key{}, apikey.Key{}, err
 	}
-	return k, n.Secret, nil
+	return k, secret, nil
 }
 
-func createKey(ctx context.Context, tx pgx.Tx, u User, n NewKey) (Key, error) {
-	hash := n.Secret.Hash()
-	rows, err := tx.Query(ctx, `
-		INSERT INTO api_keys (id, tenant_id, user_id, name, hash, prefix, scopes, budget_cents, concurrency, expires_at)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, now() + $10::interval) RETURNING `+keyColumns,
-		schemas.NewKeyID(), u.Tenant, u.ID, n.Name, hash[:], n.Secret.Prefix(), n.Scopes, n.BudgetCents, *n.Concurrency, n.TTL)
+func createKey(ctx context.Context, tx pgx.Tx, id schemas.KeyID, u User, n NewKey) (Key, deed, error) {
+	if err := checkExpiry(ctx, tx, n.ExpiresAt); err != nil {
+		return Key{}, deed{}, err
+	}
+	_, err := tx.Exec(ctx, `
+		INSERT INTO api_keys (id, tenant_id, user_id, name, scopes, budget_cents, concurrency, expires_at)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, coalesce($8, now() + $9::interval))`,
+		id, u.Tenant, u.ID, n.Name, n.Scopes, n.BudgetCents, *n.Concurrency, n.ExpiresAt, n.TTL)
+	if err != nil {
+		return Key{}, deed{}, err
+	}
+	if err := addSecret(ctx, tx, id, n.Secret); err != nil {
+		return Key{}, deed{}, err
+	}
+	k, err := getKey(ctx, tx, id)
+	return k, deed{Change{KindKey, string(id)}, "key.create", u.Tenant, map[string]any{
+		"user_id": k.User, "name": k.Name, "prefix": k.Prefix, "scopes": k.Scopes,
+		"budget_cents": k.BudgetCents, "concurrency": k.Concurrency, "expires_at": k.ExpiresAt,
+	}}, err
+}
+
+// checkExpiry holds the end of a new key against the database's clock.
+func checkExpiry(ctx context.Context, tx pgx.Tx, at *time.Time) error {
+	if at == nil {
+		return nil
+	}
+	var now time.Time
+	if err := tx.QueryRow(ctx, `SELECT now()`).Scan(&now); err != nil {
+		return err
+	}
+	if !at.After(now) || at.After(now.Add(maxTTL)) {
+		return invalid("expires_at", "expires_at must lie in the future, by at most 100 years.")
+	}
+	return nil
+}
+
+// addSecret gives a key its current secret.
+func addSecret(ctx context.Context, tx pgx.Tx, id schemas.KeyID, secret apikey.Key) error {
+	hash := secret.Hash()
+	_, err := tx.Exec(ctx, `INSERT INTO key_secrets (hash, key_id, prefix) VALUES ($1, $2, $3)`, hash[:], id, secret.Prefix())
+	return err
+}
+
+func getKey(ctx context.Context, q querier, id schemas.KeyID) (Key, error) {
+	if schemas.ValidateID(string(id), "key_") != nil {
+		return Key{}, notFound("key", "") // it may be a secret, pasted into the wrong place
+	}
+	rows, err := q.Query(ctx, `SELECT `+keyColumns+` FROM api_keys WHERE id = $1`, id)
 	if err != nil {
 		return Key{}, err
 	}
-	return pgx.CollectExactlyOneRow(rows, scanKey)
+	k, err := pgx.CollectExactlyOneRow(rows, scanKey)
+	return k, orNotFound(err, "key", string(id))
 }
 
-// ListKeys returns a page of the keys of the tenant with the given id or slug, and
-// the cursor of the next page. user, an id or e-mail address, cuts it down to one
-// user's if it isn't empty.
+// lockKey is getKey for whoever is going to change the key. The lock comes first, in a
+// statement of its own, because what the next one sees of other tables is as old as
+// itself.
+func lockKey(ctx context.Context, tx pgx.Tx, id schemas.KeyID) (Key, error) {
+	if _, err := tx.Exec(ctx, `SELECT FROM api_keys WHERE id = $1 FOR NO KEY UPDATE`, string(id)); err != nil {
+		return Key{}, err
+	}
+	return getKey(ctx, tx, id)
+}
+
+// ListKeys returns a page of the keys of the tenant with the given id or slug, or of all
+// tenants if that is empty, and the cursor of the next page. user, an id or, with a
+// tenant, e-mail address, cuts it down to one user's if it isn't empty.
 func (s *Store) ListKeys(ctx context.Context, tenant, user string, page Page) (list []Key, next string, err error) {
 	limit, err := page.check("key_")
 	if err != nil {
 		return nil, "", err
 	}
 	err = s.read(ctx, "list the keys", func(ctx context.Context) error {
-		t, err := getTenant(ctx, s.pool, tenant)
-		if err != nil {
-			return err
-		}
-		query, args := `SELECT `+keyColumns+` FROM api_keys WHERE tenant_id = $1 AND id > $2`, []any{t.ID, page.After, limit}
-		if user != "" {
-			u, err := getUser(ctx, s.pool, t.ID, user)
+		var w where
+		w.and(`id > %s`, page.After)
+		var id schemas.TenantID
+		if tenant != "" {
+			t, err := getTenant(ctx, s.pool, tenant)
 			if err != nil {
 				return err
 			}
-			query, args = query+` AND user_id = $4`, append(args, u.ID)
+			id = t.ID
+			w.and(`tenant_id = %s`, id)
 		}
-		rows, err := s.pool.Query(ctx, query+` ORDER BY id LIMIT $3`, args...)
+		if user != "" {
+			u, err := userNamed(ctx, s.pool, id, user)
+			if err != nil {
+				return err
+			}
+			w.and(`user_id = %s`, u.ID)
+		}
+		w.args = append(w.args, limit)
+		query := `SELECT ` + keyColumns + ` FROM api_keys WHERE ` + strings.Join(w.conditions, " AND ")
+		rows, err := s.pool.Query(ctx, query+fmt.Sprintf(` ORDER BY id LIMIT $%d`, len(w.args)), w.args...)
 		if err != nil {
 			return err
 		}
@@ -153,21 +247,106 @@ func (s *Store) ListKeys(ctx context.Context, tenant, user string, page Page) (l
 	return list, next, nil
 }
 
-// RevokeKey ends a key for good. Again, it changes nothing.
+// RevokeKey ends a key for good, with all its secrets. Again, it changes nothing.
 func (s *Store) RevokeKey(ctx context.Context, id schemas.KeyID) (k Key, err error) {
 	if schemas.ValidateID(string(id), "key_") != nil {
-		return Key{}, notFound("key", "") // it may be a secret, pasted into the wrong place
+		return Key{}, notFound("key", "")
 	}
-	err = s.write(ctx, "revoke a key", func(ctx context.Context, tx pgx.Tx) ([]Change, error) {
-		rows, err := tx.Query(ctx, `UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1 RETURNING `+keyColumns, id)
-		if err != nil {
+	err = s.write(ctx, "revoke a key", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
+		if k, err = lockKey(ctx, tx, id); err != nil || k.RevokedAt != nil {
 			return nil, err
 		}
-		k, err = pgx.CollectExactlyOneRow(rows, scanKey)
-		return []Change{{KindKey, string(id)}}, orNotFound(err, "key", string(id))
+		err = tx.QueryRow(ctx, `UPDATE api_keys SET revoked_at = now() WHERE id = $1 RETURNING revoked_at`, id).Scan(&k.RevokedAt)
+		return []deed{{Change{KindKey, string(id)}, "key.revoke", k.Tenant, differences{}}}, err
 	})
 	if err != nil {
 		return Key{}, err
 	}
 	return k, nil
+}
+
+// KeyChange is what to change of a key; what is nil stays.
+type KeyChange struct {
+	Name        *string
+	Scopes      []string // if it isn't nil, at least one
+	BudgetCents *int64
+	NoBudget    bool // takes the bound away
+	Concurrency *int
+}
+
+// checked is a KeyChange that is valid.
+func (c KeyChange) checked() (_ KeyChange, err error) {
+	if c.Name != nil {
+		if err := checkName(*c.Name); err != nil {
+			return KeyChange{}, err
+		}
+	}
+	if c.Scopes != nil {
+		if len(c.Scopes) == 0 {
+			return KeyChange{}, invalid("scopes", "scopes must be at least one; %s opens every model.", ScopeAll)
+		}
+		if c.Scopes, err = checkScopes(c.Scopes); err != nil {
+			return KeyChange{}, err
+		}
+	}
+	if c.NoBudget && c.BudgetCents != nil {
+		return KeyChange{}, invalid("budget_cents", "budget_cents can't be both a number and none.")
+	}
+	if err := checkBudget(c.BudgetCents); err != nil {
+		return KeyChange{}, err
+	}
+	_, err = checkRate("concurrency", c.Concurrency, defaultConcurrency)
+	return c, err
+}
+
+// SetKey changes a key. New limits hold for the next request: what is in flight or spent
+// beyond them stays so, and lets nothing more in.
+func (s *Store) SetKey(ctx context.Context, id schemas.KeyID, c KeyChange) (k Key, err error) {
+	if c, err = c.checked(); err != nil {
+		return Key{}, err
+	}
+	if schemas.ValidateID(string(id), "key_") != nil {
+		return Key{}, notFound("key", "")
+	}
+	err = s.write(ctx, "change a key", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
+		if k, err = lockKey(ctx, tx, id); err != nil {
+			return nil, err
+		}
+		changed := k.apply(c)
+		if len(changed) == 0 {
+			return nil, nil
+		}
+		_, err := tx.Exec(ctx, `UPDATE api_keys SET name = $2, scopes = $3, budget_cents = $4, concurrency = $5 WHERE id = $1`,
+			id, k.Name, k.Scopes, k.BudgetCents, k.Concurrency)
+		return []deed{{Change{KindKey, string(id)}, "key.set", k.Tenant, changed}}, err
+	})
+	if err != nil {
+		return Key{}, err
+	}
+	return k, nil
+}
+
+// apply changes the key, and returns what is different now.
+func (k *Key) apply(c KeyChange) differences {
+	changed := differences{}
+	if c.Name != nil {
+		note(changed, "name", k.Name, *c.Name)
+		k.Name = *c.Name
+	}
+	if c.Scopes != nil && !slices.Equal(k.Scopes, c.Scopes) {
+		changed["scopes"] = difference{k.Scopes, c.Scopes}
+		k.Scopes = c.Scopes
+	}
+	if c.Concurrency != nil {
+		note(changed, "concurrency", k.Concurrency, *c.Concurrency)
+		k.Concurrency = *c.Concurrency
+	}
+	if c.NoBudget || c.BudgetCents != nil {
+		before, after := k.BudgetCents, c.BudgetCents
+		if (before == nil) != (after == nil) || before != nil && *before != *after {
+			changed["budget_cents"] = difference{before, after}
+		}
+		k.BudgetCents = after
+	}
+	return changed
 }

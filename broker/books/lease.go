@@ -209,19 +209,20 @@ const (
 	// OrphanOwned is one whose owner has a lease. It settles the request, or its lease
 	// lapses: ask again later.
 	OrphanOwned Orphan = "owned"
-	// OrphanForeign is one that another agent has.
+	// OrphanForeign is one that another agent has, or another tenant.
 	OrphanForeign Orphan = "foreign"
 	// OrphanUnknown is one that never was, or long ago.
 	OrphanUnknown Orphan = "unknown"
 )
 
 // SettleOrphan settles a request by the count of the worker that ran it, if its owner
-// is gone. It can be repeated.
-func (s *Store) SettleOrphan(ctx context.Context, id schemas.RequestID, agent schemas.AgentID, usage schemas.Usage) (Orphan, error) {
+// is gone. A prompt of 0 tokens is one that the worker doesn't know: what was reserved for
+// it is charged. It can be repeated.
+func (s *Store) SettleOrphan(ctx context.Context, tenant schemas.TenantID, agent schemas.AgentID, report *schemas.UsageReport) (Orphan, error) {
 	var out Orphan
 	err := s.once(ctx, "settle an orphan", func(ctx context.Context) error {
 		return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) (err error) {
-			out, err = s.settleOrphan(ctx, tx, id, agent, usage)
+			out, err = s.settleOrphan(ctx, tx, tenant, agent, report)
 			return err
 		})
 	})
@@ -231,8 +232,8 @@ func (s *Store) SettleOrphan(ctx context.Context, id schemas.RequestID, agent sc
 	return out, nil
 }
 
-func (s *Store) settleOrphan(ctx context.Context, tx pgx.Tx, id schemas.RequestID, agent schemas.AgentID, usage schemas.Usage) (Orphan, error) {
-	found, err := requests(ctx, tx, `SELECT id, key_id FROM reservations WHERE id = $1`, id)
+func (s *Store) settleOrphan(ctx context.Context, tx pgx.Tx, tenant schemas.TenantID, agent schemas.AgentID, report *schemas.UsageReport) (Orphan, error) {
+	found, err := requests(ctx, tx, `SELECT id, key_id FROM reservations WHERE id = $1`, report.Request)
 	if err != nil || len(found) == 0 {
 		return OrphanUnknown, err
 	}
@@ -241,8 +242,8 @@ func (s *Store) settleOrphan(ctx context.Context, tx pgx.Tx, id schemas.RequestI
 	}
 	var open, lost, own bool
 	err = tx.QueryRow(ctx, `
-		SELECT r.state = 'open', o.id IS NULL OR r.epoch < o.epoch, coalesce(r.agent_id = $2, false)
-		FROM reservations r LEFT JOIN owners o ON o.id = r.owner_id WHERE r.id = $1`, id, agent).Scan(&open, &lost, &own)
+		SELECT r.state = 'open', o.id IS NULL OR r.epoch < o.epoch, coalesce(r.agent_id = $2 AND r.tenant_id = $3, false)
+		FROM reservations r LEFT JOIN owners o ON o.id = r.owner_id WHERE r.id = $1`, report.Request, agent, tenant).Scan(&open, &lost, &own)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return OrphanUnknown, nil
@@ -255,23 +256,50 @@ func (s *Store) settleOrphan(ctx context.Context, tx pgx.Tx, id schemas.RequestI
 	case !lost:
 		return OrphanOwned, nil
 	}
-	prompt := int64(usage.PromptTokens)
-	_, err = s.settle(ctx, tx, []Settlement{{
-		Request: id, Key: found[0].Key, Prompt: &prompt, Completion: int64(usage.CompletionTokens), Outcome: outcomeOrphaned,
-	}})
+	settlement := Settlement{Request: report.Request, Key: found[0].Key, Completion: int64(report.CompletionTokens), Outcome: outcomeOrphaned}
+	if report.PromptTokens > 0 {
+		prompt := int64(report.PromptTokens)
+		settlement.Prompt = &prompt
+	}
+	_, err = s.settle(ctx, tx, []Settlement{settlement})
 	return OrphanSettled, err
 }
 
-// ExpireOrphans expires, before their deadline, the requests whose owner is gone and
-// whose agent is gone too: nobody will report what they burnt. Younger ones than minAge
-// are left alone; they may be of the agent's next run. It returns how many there were.
-func (s *Store) ExpireOrphans(ctx context.Context, agent schemas.AgentID, minAge time.Duration) (n int, err error) {
+// ownerless is the condition for a reservation r whose owner o is gone. It stays so.
+const ownerless = `r.state = 'open' AND (o.id IS NULL OR r.epoch < o.epoch)`
+
+// Orphaned is an open request whose owner is gone.
+type Orphaned struct {
+	Request schemas.RequestID
+	Agent   schemas.AgentID // that works on it, if any does
+	Age     time.Duration   // since its admission
+}
+
+// Orphans lists the open requests whose owners are gone, the oldest first, up to a bound.
+func (s *Store) Orphans(ctx context.Context) (list []Orphaned, err error) {
+	err = s.read(ctx, "list orphans", func(ctx context.Context) error {
+		rows, err := s.pool.Query(ctx, `
+			SELECT r.id, coalesce(r.agent_id, ''), coalesce($1, now()) - r.created_at
+			FROM reservations r LEFT JOIN owners o ON o.id = r.owner_id
+			WHERE `+ownerless+` ORDER BY r.created_at LIMIT $2`, s.at(), sweepBatch)
+		if err != nil {
+			return err
+		}
+		list, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Orphaned])
+		return err
+	})
+	return list, err
+}
+
+// ExpireOrphans expires requests before their deadline, as far as their owners are gone.
+// It is for those whose agent is gone, too, so that nobody will report what they burnt. It
+// returns how many there were.
+func (s *Store) ExpireOrphans(ctx context.Context, ids []schemas.RequestID) (n int, err error) {
 	err = s.once(ctx, "expire orphans", func(ctx context.Context) error {
 		return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
 			list, err := requests(ctx, tx, `
 				SELECT r.id, r.key_id FROM reservations r LEFT JOIN owners o ON o.id = r.owner_id
-				WHERE r.state = 'open' AND r.agent_id = $1 AND (o.id IS NULL OR r.epoch < o.epoch)
-				AND r.created_at + $2::interval <= coalesce($3, now()) LIMIT $4`, agent, minAge, s.at(), sweepBatch)
+				WHERE r.id = ANY ($1) AND `+ownerless, ids)
 			if err != nil || len(list) == 0 {
 				return err
 			}

@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
@@ -44,7 +46,7 @@ func (c *client) renew(lapsed bool) {
 
 func (c *client) orphan(a books.Ask, agent schemas.AgentID, want books.Orphan) {
 	c.t.Helper()
-	got, err := c.s.SettleOrphan(c.t.Context(), a.Request, agent, schemas.Usage{PromptTokens: 50, CompletionTokens: 20})
+	got, err := c.s.SettleOrphan(c.t.Context(), c.tenant.ID, agent, &schemas.UsageReport{Request: a.Request, Usage: schemas.Usage{PromptTokens: 50, CompletionTokens: 20}})
 	c.must(err)
 	if got != want {
 		c.t.Errorf("orphan: %s, want %s", got, want)
@@ -85,14 +87,23 @@ func TestLease(t *testing.T) {
 		t.Errorf("admitted under an old epoch: %+v", got)
 	}
 	c.lease = fresh
-	d := c.ask(1, 99)
+	d, begun := c.ask(1, 99), clock.now
 	if got := c.admit(d)[0]; got.Reason != "" {
 		t.Errorf("%+v", got)
 	}
 
+	if orphans, err := s.Orphans(t.Context()); err != nil || len(orphans) != 2 || orphans[0].Agent != agent {
+		t.Errorf("orphans %+v, %v", orphans, err)
+	}
+	if n, err := s.ExpireOrphans(t.Context(), []schemas.RequestID{d.Request}); err != nil || n != 0 {
+		t.Errorf("%d orphans of an owner that lives, %v", n, err)
+	}
 	c.orphan(c.ask(1, 1), agent, books.OrphanUnknown)
 	c.orphan(a, schemas.NewAgentID(), books.OrphanForeign)
 	c.orphan(d, agent, books.OrphanForeign)
+	if got, err := s.SettleOrphan(t.Context(), schemas.NewTenantID(), agent, &schemas.UsageReport{Request: a.Request}); err != nil || got != books.OrphanForeign {
+		t.Errorf("report of another tenant: %s, %v", got, err)
+	}
 	c.orphan(a, agent, books.OrphanSettled)
 	c.orphan(a, agent, books.OrphanEnded)
 	c.holds(1, 70, 500)
@@ -120,18 +131,35 @@ func TestLease(t *testing.T) {
 	c.must(s.EndLease(t.Context(), c.lease))
 	c.sweep(books.Swept{Slots: 1})
 	c.holds(0, 170, 100)
-	n, err := s.ExpireOrphans(t.Context(), agent, 0)
-	if err != nil || n != 0 {
-		t.Errorf("%d orphans of another agent, %v", n, err)
-	}
 	c.alter(books.Alter{Request: d.Request, Key: d.Key, Agent: agent})
-	if n, err = s.ExpireOrphans(t.Context(), agent, 24*time.Hour); err != nil || n != 0 {
-		t.Errorf("%d young orphans, %v", n, err)
+	clock.add(time.Second)
+	orphans, err := s.Orphans(t.Context())
+	want := []books.Orphaned{{Request: d.Request, Agent: agent, Age: clock.now.Sub(begun)}}
+	if diff := cmp.Diff(want, orphans); err != nil || diff != "" {
+		t.Errorf("orphans: %v (-want +got):\n%s", err, diff)
 	}
-	if n, err = s.ExpireOrphans(t.Context(), agent, 0); err != nil || n != 1 {
-		t.Errorf("%d orphans, %v", n, err)
+	ids := []schemas.RequestID{d.Request, a.Request, b.Request, schemas.NewRequestID()}
+	for want := 1; want >= 0; want-- {
+		if n, err := s.ExpireOrphans(t.Context(), ids); err != nil || n != want {
+			t.Errorf("%d orphans, want %d, %v", n, want, err)
+		}
 	}
 	c.holds(0, 171, 0)
+}
+
+// What the worker doesn't know of the prompt is charged as it was reserved.
+func TestOrphanOfUnknownPrompt(t *testing.T) {
+	c := newClient(t, open(t), limits{cents: 1, concurrency: 2, qps: 1000})
+	agent := schemas.NewAgentID()
+	a := c.ask(100, 300)
+	a.Agent = agent
+	c.admit(a)
+	c.must(c.s.EndLease(t.Context(), c.lease))
+	got, err := c.s.SettleOrphan(t.Context(), c.tenant.ID, agent, &schemas.UsageReport{Request: a.Request, Usage: schemas.Usage{CompletionTokens: 20}})
+	if err != nil || got != books.OrphanSettled {
+		t.Errorf("%s, %v", got, err)
+	}
+	c.holds(0, 120, 0)
 }
 
 // Postgres was away for longer than a lease: nobody could renew, so nothing lapses

@@ -60,7 +60,7 @@ func TestEverythingWaitsForTheKey(t *testing.T) {
 			"report, when it is settled", settled, true,
 			func(c *client, a books.Ask) any {
 				c.must(c.s.EndLease(c.t.Context(), c.lease))
-				got, err := c.s.SettleOrphan(c.t.Context(), a.Request, agent, schemas.Usage{PromptTokens: 1, CompletionTokens: 99})
+				got, err := c.s.SettleOrphan(c.t.Context(), c.tenant.ID, agent, &schemas.UsageReport{Request: a.Request, Usage: schemas.Usage{PromptTokens: 1, CompletionTokens: 99}})
 				c.must(err)
 				return got
 			}, books.OrphanEnded, 10, 0,
@@ -76,9 +76,9 @@ func TestEverythingWaitsForTheKey(t *testing.T) {
 		},
 		{
 			"expire, when it is settled", settled, true,
-			func(c *client, _ books.Ask) any {
+			func(c *client, a books.Ask) any {
 				c.must(c.s.EndLease(c.t.Context(), c.lease))
-				got, err := c.s.ExpireOrphans(c.t.Context(), agent, 0)
+				got, err := c.s.ExpireOrphans(c.t.Context(), []schemas.RequestID{a.Request})
 				c.must(err)
 				return got
 			}, 0, 10, 0,

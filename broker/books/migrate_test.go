@@ -7,11 +7,14 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/internal/pgtest"
+	"github.com/ownllm/ownllm/schemas"
 )
 
 // shape is the schema as text: every column, constraint, index, storage option, sequence
@@ -77,20 +80,80 @@ func TestMigrateUpDownUp(t *testing.T) {
 	if _, err := s.GetTenant(t.Context(), "acme"); err != nil {
 		t.Error("migrating again lost something: ", err)
 	}
-	for version := int64(4); version >= 0; version-- {
+	shapes := []string{up}
+	for version := lastVersion - 1; version >= 0; version-- {
 		if err := s.DownTo(t.Context(), version); err != nil {
 			t.Fatalf("down to %d: %v", version, err)
 		}
+		shapes = append(shapes, look())
 	}
 	if down := look(); down != "" {
 		t.Errorf("left after all the way down:\n%s", down)
 	}
+	// Each way down is the inverse of the way up.
+	for version := int64(1); version <= lastVersion; version++ {
+		if err := s.UpTo(t.Context(), version); err != nil {
+			t.Fatalf("up to %d: %v", version, err)
+		}
+		if diff := cmp.Diff(strings.Split(look(), "\n"), strings.Split(shapes[lastVersion-version], "\n")); diff != "" {
+			t.Errorf("version %d (-up +down):\n%s", version, diff)
+		}
+	}
+}
+
+// lastVersion is that of the last migration.
+const lastVersion = int64(8)
+
+// A key is the same key in either form of the schema, and there and back.
+func TestMigrateSecrets(t *testing.T) {
+	s := open(t)
+	tenant, user := household(t, s, "acme")
+	const n = 5
+	var keys []books.Key
+	var first, second [n]apikey.Key
+	for i := range n {
+		k, secret, err := s.CreateKey(t.Context(), books.NewKey{Tenant: "acme", User: user.Email, TTL: new(time.Hour)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		first[i], second[i] = secret, secret
+		if i%2 == 0 {
+			if k, second[i], err = s.RotateKey(t.Context(), k.ID, books.Rotation{Overlap: time.Hour}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		keys = append(keys, k)
+	}
+	check := func() {
+		t.Helper()
+		list, _, err := s.ListKeys(t.Context(), "acme", "", books.Page{})
+		if diff := cmp.Diff(keys, list); diff != "" || err != nil {
+			t.Error(err, diff)
+		}
+		for i, k := range keys {
+			if id, err := s.LookupKey(t.Context(), second[i].Hash()); err != nil || id.Key != k.ID || id.Tenant != tenant.ID || id.Prefix != second[i].Prefix() || !id.ExpiresAt.Equal(*k.ExpiresAt) {
+				t.Errorf("%+v, %v", id, err)
+			}
+		}
+	}
+	check()
+	if err := s.DownTo(t.Context(), 5); err != nil {
+		t.Fatal(err)
+	}
+	for i, k := range keys {
+		hash := second[i].Hash()
+		got, err := books.Query[string](t.Context(), s, `SELECT id || ' ' || prefix FROM api_keys WHERE hash = $1`, hash[:])
+		if err != nil || got != string(k.ID)+" "+second[i].Prefix() {
+			t.Errorf("key %s in the old form: %s, %v", k.ID, got, err)
+		}
+	}
 	if err := s.Migrate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if again := look(); again != up || up == "" {
-		t.Errorf("after up, down, up:\n%s\nafter up:\n%s", again, up)
-	}
+	check()
+	// What was on its way out is out.
+	_, err := s.LookupKey(t.Context(), first[0].Hash())
+	wantError(t, err, schemas.CodeKeyInvalid, "")
 }
 
 func TestMigrateAtOnce(t *testing.T) {

@@ -1,6 +1,10 @@
 package books
 
 import (
+	"encoding/base64"
+	"encoding/json"
+	"slices"
+
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -13,7 +17,8 @@ const (
 type Page struct {
 	// Limit is how many are wanted, 1 to 1000; 0 stands for 100.
 	Limit int
-	// After is the id after which the page begins; empty: from the start.
+	// After is the cursor that came with the page before; empty: from the start. That of
+	// a list of things with ids is the last one's id.
 	After string
 }
 
@@ -25,6 +30,11 @@ func (p Page) check(prefix string) (int, error) {
 			return 0, invalid("after", "after must be the id of the last entry of the page before (%s…).", prefix)
 		}
 	}
+	return p.limit()
+}
+
+// limit is check for a list whose cursor isn't a prefixed id.
+func (p Page) limit() (int, error) {
 	switch {
 	case p.Limit == 0:
 		return defaultPage + 1, nil
@@ -42,4 +52,30 @@ func cut[T any](list []T, limit int, id func(T) string) ([]T, string) {
 	}
 	list = list[:limit-1]
 	return list, id(list[len(list)-1])
+}
+
+// cursor packs the values that a list is sorted by. They are UTF-8.
+func cursor(values ...string) string {
+	if len(values) == 0 {
+		return ""
+	}
+	text, _ := json.Marshal(values) // strings always can be
+	return base64.RawURLEncoding.EncodeToString(text)
+}
+
+// openCursor unpacks what cursor has packed: n values that can be stored, or none if it
+// is empty.
+func openCursor(after string, n int) (values []string, err error) {
+	if after == "" {
+		return nil, nil
+	}
+	text, err := base64.RawURLEncoding.DecodeString(after)
+	if err == nil {
+		err = json.Unmarshal(text, &values)
+	}
+	bad := func(v string) bool { return !printable(v) }
+	if err != nil || n == 0 || len(values) != n || slices.ContainsFunc(values, bad) {
+		return nil, invalid("after", "after must be the cursor that came with the page before of the same list.")
+	}
+	return values, nil
 }

@@ -32,7 +32,7 @@ func (s *Store) SetPrice(ctx context.Context, tenant, model string, microCents i
 	if microCents < 0 || microCents > MaxPrice {
 		return Price{}, invalid("cents_per_1k_tokens", "The price of 1,000 tokens must be from 0 to %d cents.", MaxPrice/MicroCents)
 	}
-	err = s.write(ctx, "set a price", func(ctx context.Context, tx pgx.Tx) ([]Change, error) {
+	err = s.write(ctx, "set a price", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
 		p = Price{Model: model}
 		if tenant != "" {
 			t, err := getTenant(ctx, tx, tenant)
@@ -41,10 +41,31 @@ func (s *Store) SetPrice(ctx context.Context, tenant, model string, microCents i
 			}
 			p.Tenant = t.ID
 		}
-		return nil, tx.QueryRow(ctx, `
-			INSERT INTO model_prices (tenant_id, model, price) VALUES ($1, $2, $3)
-			ON CONFLICT (tenant_id, model) DO UPDATE SET price = excluded.price, updated_at = now()
-			RETURNING price, updated_at`, p.Tenant, model, microCents).Scan(&p.MicroCents, &p.UpdatedAt)
+		// A row first, so that there is one to lock.
+		tag, err := tx.Exec(ctx, `
+			INSERT INTO model_prices (tenant_id, model, price) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING`, p.Tenant, model, microCents)
+		if err != nil {
+			return nil, err
+		}
+		var old *int64
+		err = tx.QueryRow(ctx, `
+			SELECT price, updated_at FROM model_prices WHERE tenant_id = $1 AND model = $2 FOR NO KEY UPDATE`, p.Tenant, model).
+			Scan(&old, &p.UpdatedAt)
+		if err != nil {
+			return nil, err
+		}
+		p.MicroCents = microCents
+		switch {
+		case tag.RowsAffected() == 1:
+			old = nil // it's our own
+		case *old == microCents:
+			return nil, nil
+		default:
+			err = tx.QueryRow(ctx, `
+				UPDATE model_prices SET price = $3, updated_at = now() WHERE tenant_id = $1 AND model = $2 RETURNING updated_at`,
+				p.Tenant, model, microCents).Scan(&p.UpdatedAt)
+		}
+		return []deed{{Change{KindPrice, model}, "price.set", p.Tenant, differences{"micro_cents_per_1k_tokens": {old, microCents}}}}, err
 	})
 	if err != nil {
 		return Price{}, err
@@ -52,11 +73,24 @@ func (s *Store) SetPrice(ctx context.Context, tenant, model string, microCents i
 	return p, nil
 }
 
-// ListPrices returns all prices, or those that hold for the tenant with the given id
-// or slug, in the order of models.
-func (s *Store) ListPrices(ctx context.Context, tenant string) (list []Price, err error) {
+// ListPrices returns a page of all prices, or of those that hold for the tenant with the
+// given id or slug, in the order of models, and the cursor of the next page.
+func (s *Store) ListPrices(ctx context.Context, tenant string, page Page) (list []Price, next string, err error) {
+	limit, err := page.limit()
+	if err != nil {
+		return nil, "", err
+	}
+	after, err := openCursor(page.After, 2)
+	if err != nil {
+		return nil, "", err
+	}
+	if after == nil {
+		after = []string{"", ""} // before any model
+	}
 	err = s.read(ctx, "list the prices", func(ctx context.Context) error {
-		query, args := `SELECT tenant_id, model, price, updated_at FROM model_prices`, []any(nil)
+		query, args := `
+			SELECT tenant_id, model, price, updated_at FROM model_prices WHERE (model, tenant_id) > ($1, $2)
+			ORDER BY model, tenant_id LIMIT $3`, []any{after[0], after[1], limit}
 		if tenant != "" {
 			t, err := getTenant(ctx, s.pool, tenant)
 			if err != nil {
@@ -64,17 +98,21 @@ func (s *Store) ListPrices(ctx context.Context, tenant string) (list []Price, er
 			}
 			query = `
 				SELECT DISTINCT ON (model) tenant_id, model, price, updated_at FROM model_prices
-				WHERE tenant_id IN ('', $1)`
-			args = append(args, t.ID)
+				WHERE model > $1 AND tenant_id IN ('', $2) ORDER BY model, tenant_id DESC LIMIT $3`
+			args = []any{after[0], t.ID, limit}
 		}
-		rows, err := s.pool.Query(ctx, query+` ORDER BY model, tenant_id DESC`, args...)
+		rows, err := s.pool.Query(ctx, query, args...)
 		if err != nil {
 			return err
 		}
 		list, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Price])
 		return err
 	})
-	return list, err
+	if err != nil {
+		return nil, "", err
+	}
+	list, next = cut(list, limit, func(p Price) string { return cursor(p.Model, string(p.Tenant)) })
+	return list, next, nil
 }
 
 // Account is what a key has spent and holds just now.

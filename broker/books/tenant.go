@@ -50,12 +50,44 @@ func scanTenant(row pgx.CollectableRow) (Tenant, error) {
 	return t, err
 }
 
-// CreateTenant makes a tenant.
-func (s *Store) CreateTenant(ctx context.Context, n NewTenant) (Tenant, error) {
-	var t Tenant
-	err := s.write(ctx, "create a tenant", func(ctx context.Context, tx pgx.Tx) (_ []Change, err error) {
-		t, err = createTenant(ctx, tx, n)
-		return []Change{{KindTenant, string(t.ID)}}, err
+// checked is a NewTenant with its defaults, all of it valid.
+func (n NewTenant) checked() (NewTenant, error) {
+	if err := checkSlug(n.Slug); err != nil {
+		return NewTenant{}, err
+	}
+	if err := checkName(n.Name); err != nil {
+		return NewTenant{}, err
+	}
+	qps, err := checkRate("qps", n.QPS, defaultQPS)
+	if err != nil {
+		return NewTenant{}, err
+	}
+	n.QPS = &qps
+	if n.Name == "" {
+		n.Name = n.Slug
+	}
+	return n, nil
+}
+
+// CreateTenant makes a tenant. See WithIdempotency.
+func (s *Store) CreateTenant(ctx context.Context, n NewTenant) (t Tenant, err error) {
+	n, err = n.checked()
+	if err != nil {
+		return Tenant{}, err
+	}
+	err = s.write(ctx, "create a tenant", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
+		id := schemas.NewTenantID()
+		made, err := claim(ctx, tx, "tenant.create", n, string(id))
+		if err != nil {
+			return nil, err
+		}
+		if made != "" {
+			t, err = getTenant(ctx, tx, made)
+			return nil, err
+		}
+		var d deed
+		t, d, err = createTenant(ctx, tx, id, n)
+		return []deed{d}, err
 	})
 	if err != nil {
 		return Tenant{}, err
@@ -63,27 +95,16 @@ func (s *Store) CreateTenant(ctx context.Context, n NewTenant) (Tenant, error) {
 	return t, nil
 }
 
-func createTenant(ctx context.Context, tx pgx.Tx, n NewTenant) (Tenant, error) {
-	if err := checkSlug(n.Slug); err != nil {
-		return Tenant{}, err
-	}
-	if err := checkName(n.Name); err != nil {
-		return Tenant{}, err
-	}
-	qps, err := checkRate("qps", n.QPS, defaultQPS)
-	if err != nil {
-		return Tenant{}, err
-	}
-	if n.Name == "" {
-		n.Name = n.Slug
-	}
+func createTenant(ctx context.Context, tx pgx.Tx, id schemas.TenantID, n NewTenant) (Tenant, deed, error) {
 	rows, err := tx.Query(ctx, `
-		INSERT INTO tenants (id, slug, name, qps) VALUES ($1, $2, $3, $4) RETURNING `+tenantColumns,
-		schemas.NewTenantID(), n.Slug, n.Name, qps)
+		INSERT INTO tenants (id, slug, name, qps) VALUES ($1, $2, $3, $4) RETURNING `+tenantColumns, id, n.Slug, n.Name, n.QPS)
 	if err != nil {
-		return Tenant{}, err
+		return Tenant{}, deed{}, err
 	}
-	return pgx.CollectExactlyOneRow(rows, scanTenant)
+	t, err := pgx.CollectExactlyOneRow(rows, scanTenant)
+	return t, deed{
+		Change{KindTenant, string(id)}, "tenant.create", id, map[string]any{"slug": t.Slug, "name": t.Name, "qps": t.QPS},
+	}, err
 }
 
 // querier is a transaction, or the pool.
@@ -135,22 +156,70 @@ func (s *Store) ListTenants(ctx context.Context, page Page) (list []Tenant, next
 	return list, next, nil
 }
 
-// SetTenantState suspends or resumes the tenant with the given id or slug.
-func (s *Store) SetTenantState(ctx context.Context, ref string, state TenantState) (t Tenant, err error) {
-	if state != TenantActive && state != TenantSuspended {
+// SetTenantState suspends or resumes the tenant with the given id or slug. One that is in
+// that state already stays as it is.
+func (s *Store) SetTenantState(ctx context.Context, ref string, state TenantState) (Tenant, error) {
+	action := map[TenantState]string{TenantActive: "tenant.resume", TenantSuspended: "tenant.suspend"}[state]
+	if action == "" {
 		return Tenant{}, invalid("state", "state must be %s or %s.", TenantActive, TenantSuspended)
 	}
+	return s.editTenant(ctx, ref, action, func(t *Tenant) { t.State = state })
+}
+
+// TenantChange is what to change of a tenant; what is nil stays.
+type TenantChange struct {
+	Name *string // empty: the slug
+	QPS  *int
+}
+
+// SetTenant changes the tenant with the given id or slug. The new limit holds for the
+// next request.
+func (s *Store) SetTenant(ctx context.Context, ref string, c TenantChange) (Tenant, error) {
+	if c.Name != nil {
+		if err := checkName(*c.Name); err != nil {
+			return Tenant{}, err
+		}
+	}
+	if _, err := checkRate("qps", c.QPS, defaultQPS); err != nil {
+		return Tenant{}, err
+	}
+	return s.editTenant(ctx, ref, "tenant.set", func(t *Tenant) {
+		if c.Name != nil {
+			t.Name = *c.Name
+		}
+		if t.Name == "" {
+			t.Name = t.Slug
+		}
+		if c.QPS != nil {
+			t.QPS = *c.QPS
+		}
+	})
+}
+
+// editTenant stores what edit makes of a tenant's name, state and limit.
+func (s *Store) editTenant(ctx context.Context, ref, action string, edit func(*Tenant)) (t Tenant, err error) {
 	if !printable(ref) {
 		return Tenant{}, notFound("tenant", "")
 	}
-	err = s.write(ctx, "set the state of a tenant", func(ctx context.Context, tx pgx.Tx) ([]Change, error) {
-		rows, err := tx.Query(ctx, `
-			UPDATE tenants SET state = $2, updated_at = now() WHERE id = $1 OR slug = $1 RETURNING `+tenantColumns, ref, state)
+	err = s.write(ctx, "change a tenant", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
+		rows, err := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants WHERE id = $1 OR slug = $1 FOR NO KEY UPDATE`, ref)
 		if err != nil {
 			return nil, err
 		}
-		t, err = pgx.CollectExactlyOneRow(rows, scanTenant)
-		return []Change{{KindTenant, string(t.ID)}}, orNotFound(err, "tenant", ref)
+		if t, err = pgx.CollectExactlyOneRow(rows, scanTenant); err != nil {
+			return nil, orNotFound(err, "tenant", ref)
+		}
+		before, changed := t, differences{}
+		edit(&t)
+		note(changed, "name", before.Name, t.Name)
+		note(changed, "state", before.State, t.State)
+		note(changed, "qps", before.QPS, t.QPS)
+		if len(changed) == 0 {
+			return nil, nil
+		}
+		err = tx.QueryRow(ctx, `UPDATE tenants SET name = $2, state = $3, qps = $4, updated_at = now() WHERE id = $1 RETURNING updated_at`,
+			t.ID, t.Name, t.State, t.QPS).Scan(&t.UpdatedAt)
+		return []deed{{Change{KindTenant, string(t.ID)}, action, t.ID, changed}}, err
 	})
 	if err != nil {
 		return Tenant{}, err

@@ -404,8 +404,8 @@ func TestPrices(t *testing.T) {
 			t.Errorf("%+v, %v", got, err)
 		}
 	}
-	for tenant, want := range map[string]string{"": "a8 a5 b/c:d6 ", "acme": "a8 b/c:d6 "} {
-		list, err := s.ListPrices(t.Context(), tenant)
+	for tenant, want := range map[string]string{"": "a5 a8 b/c:d6 ", "acme": "a8 b/c:d6 "} {
+		list, _, err := s.ListPrices(t.Context(), tenant, books.Page{})
 		if err != nil {
 			t.Fatal(err)
 		}

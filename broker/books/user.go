@@ -45,18 +45,28 @@ func scanUser(row pgx.CollectableRow) (User, error) {
 	return u, err
 }
 
-// CreateUser makes a user.
+// CreateUser makes a user. See WithIdempotency.
 func (s *Store) CreateUser(ctx context.Context, n NewUser) (u User, err error) {
 	if err := checkEmail(n.Email); err != nil {
 		return User{}, err
 	}
-	err = s.write(ctx, "create a user", func(ctx context.Context, tx pgx.Tx) ([]Change, error) {
+	err = s.write(ctx, "create a user", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
+		id := schemas.NewUserID()
+		made, err := claim(ctx, tx, "user.create", n, string(id))
+		if err != nil {
+			return nil, err
+		}
+		if made != "" {
+			u, err = findUser(ctx, tx, schemas.UserID(made))
+			return nil, err
+		}
 		t, err := getTenant(ctx, tx, n.Tenant)
 		if err != nil {
 			return nil, err
 		}
-		u, err = createUser(ctx, tx, t.ID, n.Email)
-		return []Change{{KindUser, string(u.ID)}}, err
+		var d deed
+		u, d, err = createUser(ctx, tx, id, t.ID, n.Email)
+		return []deed{d}, err
 	})
 	if err != nil {
 		return User{}, err
@@ -64,13 +74,23 @@ func (s *Store) CreateUser(ctx context.Context, n NewUser) (u User, err error) {
 	return u, nil
 }
 
-func createUser(ctx context.Context, tx pgx.Tx, tenant schemas.TenantID, email string) (User, error) {
-	rows, err := tx.Query(ctx, `INSERT INTO users (id, tenant_id, email) VALUES ($1, $2, $3) RETURNING `+userColumns,
-		schemas.NewUserID(), tenant, email)
+func createUser(ctx context.Context, tx pgx.Tx, id schemas.UserID, tenant schemas.TenantID, email string) (User, deed, error) {
+	rows, err := tx.Query(ctx, `INSERT INTO users (id, tenant_id, email) VALUES ($1, $2, $3) RETURNING `+userColumns, id, tenant, email)
+	if err != nil {
+		return User{}, deed{}, err
+	}
+	u, err := pgx.CollectExactlyOneRow(rows, scanUser)
+	return u, deed{Change{KindUser, string(id)}, "user.create", tenant, map[string]any{"email": email}}, err
+}
+
+// findUser finds a user of any tenant by id.
+func findUser(ctx context.Context, q querier, id schemas.UserID) (User, error) {
+	rows, err := q.Query(ctx, `SELECT `+userColumns+` FROM users WHERE id = $1`, id)
 	if err != nil {
 		return User{}, err
 	}
-	return pgx.CollectExactlyOneRow(rows, scanUser)
+	u, err := pgx.CollectExactlyOneRow(rows, scanUser)
+	return u, orNotFound(err, "user", string(id))
 }
 
 // getUser finds a user of the tenant by id or e-mail address; an id can't be an
@@ -87,6 +107,18 @@ func getUser(ctx context.Context, q querier, tenant schemas.TenantID, ref string
 	return u, orNotFound(err, "user", ref)
 }
 
+// userNamed finds a user for a filter: like getUser, or if no tenant is given, by the id
+// alone.
+func userNamed(ctx context.Context, q querier, tenant schemas.TenantID, ref string) (User, error) {
+	if tenant != "" {
+		return getUser(ctx, q, tenant, ref)
+	}
+	if schemas.ValidateID(ref, "usr_") != nil {
+		return User{}, invalid("user", "user must be an id (usr_…), or an e-mail address together with a tenant.")
+	}
+	return findUser(ctx, q, schemas.UserID(ref))
+}
+
 // GetUser returns the user with the given id or e-mail address, of the tenant with
 // the given id or slug.
 func (s *Store) GetUser(ctx context.Context, tenant, ref string) (u User, err error) {
@@ -101,20 +133,23 @@ func (s *Store) GetUser(ctx context.Context, tenant, ref string) (u User, err er
 	return u, err
 }
 
-// ListUsers returns a page of the users of the tenant with the given id or slug, and
-// the cursor of the next page.
+// ListUsers returns a page of the users of the tenant with the given id or slug, or of
+// all tenants if that is empty, and the cursor of the next page.
 func (s *Store) ListUsers(ctx context.Context, tenant string, page Page) (list []User, next string, err error) {
 	limit, err := page.check("usr_")
 	if err != nil {
 		return nil, "", err
 	}
 	err = s.read(ctx, "list the users", func(ctx context.Context) error {
-		t, err := getTenant(ctx, s.pool, tenant)
-		if err != nil {
-			return err
+		query, args := `SELECT `+userColumns+` FROM users WHERE id > $1`, []any{page.After, limit}
+		if tenant != "" {
+			t, err := getTenant(ctx, s.pool, tenant)
+			if err != nil {
+				return err
+			}
+			query, args = query+` AND tenant_id = $3`, append(args, t.ID)
 		}
-		rows, err := s.pool.Query(ctx, `SELECT `+userColumns+` FROM users WHERE tenant_id = $1 AND id > $2 ORDER BY id LIMIT $3`,
-			t.ID, page.After, limit)
+		rows, err := s.pool.Query(ctx, query+` ORDER BY id LIMIT $2`, args...)
 		if err != nil {
 			return err
 		}
@@ -128,21 +163,32 @@ func (s *Store) ListUsers(ctx context.Context, tenant string, page Page) (list [
 	return list, next, nil
 }
 
-// SetUserState deactivates or activates a user.
+// SetUserState deactivates or activates a user. One that is in that state already stays
+// as it is.
 func (s *Store) SetUserState(ctx context.Context, id schemas.UserID, state UserState) (u User, err error) {
-	if state != UserActive && state != UserDeactivated {
+	action := map[UserState]string{UserActive: "user.activate", UserDeactivated: "user.deactivate"}[state]
+	if action == "" {
 		return User{}, invalid("state", "state must be %s or %s.", UserActive, UserDeactivated)
 	}
 	if schemas.ValidateID(string(id), "usr_") != nil {
 		return User{}, notFound("user", string(id))
 	}
-	err = s.write(ctx, "set the state of a user", func(ctx context.Context, tx pgx.Tx) ([]Change, error) {
-		rows, err := tx.Query(ctx, `UPDATE users SET state = $2, updated_at = now() WHERE id = $1 RETURNING `+userColumns, id, state)
+	err = s.write(ctx, "set the state of a user", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
+		rows, err := tx.Query(ctx, `SELECT `+userColumns+` FROM users WHERE id = $1 FOR NO KEY UPDATE`, id)
 		if err != nil {
 			return nil, err
 		}
-		u, err = pgx.CollectExactlyOneRow(rows, scanUser)
-		return []Change{{KindUser, string(id)}}, orNotFound(err, "user", string(id))
+		if u, err = pgx.CollectExactlyOneRow(rows, scanUser); err != nil {
+			return nil, orNotFound(err, "user", string(id))
+		}
+		changed := differences{}
+		note(changed, "state", u.State, state)
+		if len(changed) == 0 {
+			return nil, nil
+		}
+		u.State = state
+		err = tx.QueryRow(ctx, `UPDATE users SET state = $2, updated_at = now() WHERE id = $1 RETURNING updated_at`, id, state).Scan(&u.UpdatedAt)
+		return []deed{{Change{KindUser, string(id)}, action, u.Tenant, changed}}, err
 	})
 	if err != nil {
 		return User{}, err

@@ -18,6 +18,7 @@ const (
 	maxRate      = 1_000_000
 	maxBudget    = 1_000_000_000_000 // cents
 	maxTTL       = 100 * 365 * 24 * time.Hour
+	maxOverlap   = 365 * 24 * time.Hour
 	maxInventory = 1 << 20 // bytes of JSON
 
 	// ScopeAll is the scope of every model.
@@ -80,8 +81,9 @@ func checkScopes(scopes []string) ([]string, error) {
 	seen := make(map[string]bool, len(scopes))
 	for _, s := range scopes {
 		model, ok := strings.CutPrefix(s, scopeModel)
-		if !ok || !validModel(model) {
-			return nil, invalid("scopes", "Each scope must be %s or %s<id>, the id being at most %d bytes, without control characters or spaces at its ends.",
+		// A pattern isn't known: it would be taken for an id, and match nothing.
+		if !ok || !validModel(model) || s != ScopeAll && strings.Contains(model, "*") {
+			return nil, invalid("scopes", "Each scope must be %s or %s<id>, the id being at most %d bytes, without *, control characters, or spaces at its ends.",
 				ScopeAll, scopeModel, maxModel)
 		}
 		if !seen[s] {
@@ -94,6 +96,13 @@ func checkScopes(scopes []string) ([]string, error) {
 
 func validModel(id string) bool {
 	return id != "" && len(id) <= maxModel && printable(id) && strings.TrimSpace(id) == id
+}
+
+func checkBudget(cents *int64) error {
+	if cents != nil && (*cents < 0 || *cents > maxBudget) {
+		return invalid("budget_cents", "budget_cents must be from 0 to %d.", int64(maxBudget))
+	}
+	return nil
 }
 
 // checkRate returns a limit of requests: the default if none was given.

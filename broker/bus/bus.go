@@ -1,4 +1,5 @@
-// Package bus connects the parts of OwnLLM to NATS and holds the queue of jobs.
+// Package bus connects the parts of OwnLLM to NATS and holds the queues of jobs and of
+// usage reports.
 //
 // A connection reconnects for ever and never buffers what is published while it is
 // down: a token or a heartbeat that arrives late is worse than one that is missing,

@@ -48,7 +48,8 @@ func NewQueue(nc *nats.Conn) (*Queue, error) {
 	return &Queue{nc, js}, nil
 }
 
-// Provision creates the stream, or updates it to the given bounds.
+// Provision creates the stream of jobs, or updates it to the given bounds, and that of
+// usage reports.
 func (q *Queue) Provision(ctx context.Context, cfg QueueConfig) error {
 	_, err := q.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
 		Name:        schemas.JobStream,
@@ -69,7 +70,7 @@ func (q *Queue) Provision(ctx context.Context, cfg QueueConfig) error {
 	if err != nil {
 		return fmt.Errorf("provision stream %s: %w", schemas.JobStream, err)
 	}
-	return nil
+	return q.provisionUsage(ctx, cfg.Replicas)
 }
 
 // ErrQueueFull says that the (agent, model) has as many jobs as it may.

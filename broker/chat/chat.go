@@ -55,10 +55,8 @@ type Request struct {
 	MaxTokens int
 	// N is the number of choices, at least 1.
 	N int
-	// HasTools says that tools or functions are offered, HasImages that a message has
-	// an image part.
-	HasTools  bool
-	HasImages bool
+	// HasTools says that tools or functions are offered.
+	HasTools bool
 	// ResponseFormat is response_format.type, or empty.
 	ResponseFormat string
 	Logprobs       bool
@@ -69,6 +67,9 @@ type Request struct {
 	// A token is at least one byte, so this also bounds the tokens of the messages;
 	// what the chat template adds to each message, and the tools, come on top.
 	TextBytes int
+	// ToolBytes is the size of the JSON of the tools and of the response format, which
+	// templates copy into the prompt, and Images counts the images.
+	ToolBytes, Images int
 
 	messages string         // the array, as JSON
 	format   *schemas.Error // what is wrong with response_format; CheckModel tells it
@@ -284,6 +285,7 @@ func (r *Request) readTools(values *[fieldCount]string) *fault {
 		if value[0] != '[' {
 			return wrongType(name, "an array", value)
 		}
+		r.ToolBytes += len(value)
 		if f := elements(value, func(i int, tool string) *fault {
 			r.HasTools = true
 			return checkTool(tool, field == fieldTools).under("[" + strconv.Itoa(i) + "]")
@@ -327,6 +329,7 @@ func (r *Request) readFormat(value string) *fault {
 	if value[0] != '{' {
 		return wrongType("response_format", "an object", value)
 	}
+	r.ToolBytes += len(value)
 	var format [formatCount]string
 	if f := collect(value, formatFields, format[:], nil); f != nil {
 		return f.under("response_format")

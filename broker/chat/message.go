@@ -108,7 +108,7 @@ func (r *Request) readPart(part string) *fault {
 	// An image is an image under any of the names that backends take one by, and some
 	// look for the field rather than the type.
 	if strings.HasPrefix(name, "image") || name == "input_image" || image != "" && image != "null" {
-		r.HasImages = true
+		r.Images++
 	}
 	switch {
 	case words != "" && words[0] == '"':
@@ -176,7 +176,7 @@ func (r *Request) CheckModel(m schemas.Model) error {
 		return schemas.Errorf(schemas.CodeModelDoesNotSupportTools,
 			"The model %q can't call tools. Leave tools out, or use a model whose capabilities.tools is true in GET /v1/models.", m.ID).WithParam("tools")
 	}
-	if r.HasImages && !m.Capabilities.Vision {
+	if r.Images > 0 && !m.Capabilities.Vision {
 		return schemas.Errorf(schemas.CodeModelDoesNotSupportVision,
 			"The model %q can't see images. Send text only, or use a model whose capabilities.vision is true in GET /v1/models.", m.ID).WithParam("messages")
 	}

@@ -200,6 +200,14 @@ func (d *delivery) want(f schemas.Frame, v schemas.Verdict) {
 	}
 }
 
+// over sends a frame as a request, of which the owner has to say that all is over.
+func (d *delivery) over(f schemas.Frame) {
+	d.a.h.t.Helper()
+	if got := d.ask(f); got != (schemas.Verdict{Reason: schemas.ReasonFinished}) {
+		d.a.h.t.Fatalf("frame %+v got the verdict %+v, want none but that it is over", f, got)
+	}
+}
+
 // chunk sends the next lines.
 func (d *delivery) chunk(lines string) {
 	d.a.h.t.Helper()

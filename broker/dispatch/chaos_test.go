@@ -84,7 +84,7 @@ func TestChaos(t *testing.T) {
 	for range 8 {
 		clients.Go(func() {
 			for range 40 {
-				reply, err := h.d.Start(context.Background(), request())
+				reply, _, err := h.d.Start(context.Background(), request())
 				if errors.Is(err, schemas.Errorf(schemas.CodeAgentOffline, "")) {
 					mu.Lock()
 					refused++

@@ -28,6 +28,7 @@ import (
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -76,6 +77,10 @@ type Request struct {
 	Body         string
 	Stream       bool
 	IncludeUsage bool
+	// Prompt is the most tokens that the prompt can have, Limit how many the client allows
+	// the reply, 0 if it doesn't say, and Most how many it can have because of the model's
+	// context window, 0 if that isn't known.
+	Prompt, Limit, Most int64
 	// Received is when the request came in; the deadlines count from it.
 	Received time.Time
 }
@@ -88,6 +93,7 @@ type Dispatcher struct {
 	queue   *bus.Queue
 	agents  *presence.Table
 	feed    *presence.Feed
+	gate    *quota.Gate
 	cfg     Config
 	metrics *metric.Instruments
 	tracer  *trace.Tracer
@@ -105,21 +111,23 @@ type Parts struct {
 	Tokens, Bulk *nats.Conn
 	Agents       *presence.Table
 	Feed         *presence.Feed
+	// Gate admits and settles. Its owner id is that of the dispatcher.
+	Gate *quota.Gate
 	// Metrics and Tracer may be nil.
 	Metrics *metric.Instruments
 	Tracer  *trace.Tracer
 	Log     *slog.Logger
 }
 
-// New returns a dispatcher that owns requests under a fresh owner id. It has to be
-// made before the table gets its first heartbeat.
+// New returns a dispatcher that owns requests under the owner id of the gate. It has to
+// be made before the table gets its first heartbeat.
 func New(p Parts, cfg Config) (*Dispatcher, error) {
 	queue, err := bus.NewQueue(p.Tokens)
 	if err != nil {
 		return nil, err
 	}
 	d := &Dispatcher{
-		owner: schemas.NewOwnerID(), tokens: p.Tokens, bulk: p.Bulk, queue: queue,
+		owner: p.Gate.Owner(), gate: p.Gate, tokens: p.Tokens, bulk: p.Bulk, queue: queue,
 		agents: p.Agents, feed: p.Feed, cfg: cfg, metrics: p.Metrics, tracer: p.Tracer, log: p.Log,
 		replies: make(map[schemas.Nonce]*Reply),
 	}
@@ -202,7 +210,7 @@ func (d *Dispatcher) frame(m *nats.Msg) {
 	nonce := schemas.Nonce(schemas.LastToken(m.Subject))
 	r := d.reply(nonce)
 	if r == nil {
-		d.answer(m, schemas.Verdict{Reason: schemas.ReasonFinished})
+		d.answer(m.Reply, schemas.Verdict{Reason: schemas.ReasonFinished})
 		return
 	}
 	f, err := schemas.DecodeFrame(m.Data)
@@ -210,16 +218,16 @@ func (d *Dispatcher) frame(m *nats.Msg) {
 		d.log.Warn("frame dropped", "request", r.req.ID, "error", err)
 		return
 	}
-	if v, ok := r.take(m.Subject, &f, time.Now()); ok {
-		d.answer(m, v)
+	if v, ok := r.take(m.Subject, m.Reply, &f, time.Now()); ok {
+		d.answer(m.Reply, v)
 	}
 }
 
-func (d *Dispatcher) answer(m *nats.Msg, v schemas.Verdict) {
-	if m.Reply == "" {
+func (d *Dispatcher) answer(inbox string, v schemas.Verdict) {
+	if inbox == "" {
 		return
 	}
-	if err := d.tokens.Publish(m.Reply, v.Encode()); err != nil && !bus.Down(err) {
+	if err := d.tokens.Publish(inbox, v.Encode()); err != nil && !bus.Down(err) {
 		d.log.Warn("verdict not sent", "error", err)
 	}
 }
@@ -255,11 +263,20 @@ func (d *Dispatcher) endsSoFar() uint64 {
 
 // cancel tells a worker that an attempt is over. If the word gets lost, the answer to
 // the worker's next progress frame says the same within a second.
-func (d *Dispatcher) cancel(agent schemas.AgentID, nonce schemas.Nonce, reason string) {
-	c := schemas.Control{Operation: schemas.ControlCancel, Nonce: nonce, Reason: reason}
+func (d *Dispatcher) cancel(agent schemas.AgentID, nonce schemas.Nonce) {
+	d.control(agent, schemas.Control{Operation: schemas.ControlCancel, Nonce: nonce, Reason: schemas.ReasonCancelled})
+}
+
+func (d *Dispatcher) control(agent schemas.AgentID, c schemas.Control) {
 	if err := d.tokens.Publish(schemas.ControlSubject(agent), c.Encode()); err != nil && !bus.Down(err) {
-		d.log.Warn("cancel not sent", "agent", agent, "error", err)
+		d.log.Warn("control not sent", "agent", agent, "operation", c.Operation, "error", err)
 	}
+}
+
+func (d *Dispatcher) forget(n schemas.Nonce) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.replies, n)
 }
 
 // errBusDown is what a client gets while this process itself is cut off.
@@ -268,15 +285,18 @@ func errBusDown() *schemas.Error {
 		"This server has lost its message bus and can't reach any GPU machine. Try again in a few seconds.").WithRetryAfter(2 * time.Second)
 }
 
-// Start puts the request into the queue of an agent. The error is a *schemas.Error
-// for the client; the cause of an internal one is logged. The caller has to Close the
+// Start admits the request and puts it into the queue of an agent. The error is a
+// *schemas.Error for the client; the cause of an internal one is logged. The rate tells
+// where the key stands, as far as the books were asked. The caller has to Close the
 // reply, and its context has to last until then.
-func (d *Dispatcher) Start(ctx context.Context, req Request) (*Reply, error) {
+func (d *Dispatcher) Start(ctx context.Context, req Request) (*Reply, quota.Rate, error) {
 	r := &Reply{d: d, ctx: ctx, req: req, wake: make(chan struct{}, 1), heard: req.Received}
+	r.bill.settled = make(chan struct{})
 	if err := r.attempt(nil); err != nil {
-		return nil, err
+		r.Close()
+		return nil, r.bill.grant.Rate, err
 	}
-	return r, nil
+	return r, r.bill.grant.Rate, nil
 }
 
 // attempt starts the next attempt of the request on the best agent that isn't in
@@ -294,6 +314,10 @@ func (r *Reply) attempt(exclude map[schemas.AgentID]bool) error {
 			if full != nil {
 				return full
 			}
+			return err
+		}
+		if err := r.assign(choice.Agent); err != nil {
+			d.agents.Release(r.req.Tenant, choice.Agent, r.req.Model)
 			return err
 		}
 		err = r.publish(choice, ends)
@@ -341,6 +365,7 @@ func (r *Reply) publish(choice presence.Choice, ends uint64) error {
 		Deadline: r.req.Received.Add(d.cfg.Total).UnixMilli(), ColdWait: d.cfg.ColdWait.Milliseconds(),
 		Stream: r.req.Stream, IncludeUsage: r.req.IncludeUsage,
 		Completion: r.req.ID.CompletionID(), Created: r.req.Received.Unix(), ReplyModel: r.req.Model,
+		Count: r.bill.grant.Rate.HasBudget,
 	}
 	if len(r.req.Body) > schemas.MaxInlineBody {
 		job.BodySize = len(r.req.Body)
@@ -349,6 +374,7 @@ func (r *Reply) publish(choice presence.Choice, ends uint64) error {
 	r.attempts++
 	r.mu.Lock()
 	r.cur, r.lost = a, false
+	job.Limit, job.More = r.bill.limit, r.bill.more
 	r.mu.Unlock()
 	// Known before it is published: the claim can be faster than JetStream's answer.
 	d.mu.Lock()
@@ -370,5 +396,8 @@ func (r *Reply) publish(choice presence.Choice, ends uint64) error {
 		return err
 	}
 	a.seq = seq
+	r.mu.Lock()
+	r.bill.begun = true
+	r.mu.Unlock()
 	return nil
 }

@@ -25,5 +25,5 @@ func (r *Reply) Take(f *schemas.Frame) (schemas.Verdict, bool) {
 	r.mu.Lock()
 	subject := r.cur.subject
 	r.mu.Unlock()
-	return r.take(subject, f, time.Now())
+	return r.take(subject, "", f, time.Now())
 }

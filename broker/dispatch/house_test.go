@@ -12,7 +12,9 @@ import (
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/internal/natstest"
+	"github.com/ownllm/ownllm/internal/quotatest"
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -37,13 +39,19 @@ type house struct {
 	table  *presence.Table
 	d      *dispatch.Dispatcher
 	feed   *presence.Feed
+	books  *quotatest.Books
 }
 
 // newHouse starts a server with a queue that holds perModel jobs, none if it is 0, and a
 // dispatcher with the given change to the usual deadlines.
 func newHouse(t testing.TB, perModel int64, change func(*dispatch.Config)) *house {
 	t.Helper()
-	h := &house{t: t, server: natstest.Start(t), table: presence.NewTable()}
+	return newHouseWith(t, perModel, change, quota.Config{})
+}
+
+func newHouseWith(t testing.TB, perModel int64, change func(*dispatch.Config), gate quota.Config) *house {
+	t.Helper()
+	h := &house{t: t, server: natstest.Start(t), table: presence.NewTable(), books: quotatest.New()}
 	if perModel > 0 {
 		_, h.queue = h.server.Queue(perModel)
 	}
@@ -54,7 +62,7 @@ func newHouse(t testing.TB, perModel int64, change func(*dispatch.Config)) *hous
 	h.nc = h.server.Connect("tokens")
 	bulk := h.server.Connect("bulk")
 	h.feed = presence.NewFeed(h.nc, h.table, natstest.Log)
-	d, err := dispatch.New(dispatch.Parts{Tokens: h.nc, Bulk: bulk, Agents: h.table, Feed: h.feed, Log: natstest.Log}, cfg)
+	d, err := dispatch.New(dispatch.Parts{Tokens: h.nc, Bulk: bulk, Agents: h.table, Feed: h.feed, Gate: h.books.Gate(t, gate), Log: natstest.Log}, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -98,7 +106,7 @@ func request() dispatch.Request {
 // start starts a request, which is closed at the end of the test if it isn't before.
 func (h *house) start(req dispatch.Request) *dispatch.Reply {
 	h.t.Helper()
-	reply, err := h.d.Start(context.Background(), req)
+	reply, _, err := h.d.Start(context.Background(), req)
 	if err != nil {
 		h.t.Fatal(err)
 	}

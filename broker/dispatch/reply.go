@@ -8,6 +8,7 @@ import (
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -68,6 +69,7 @@ type Reply struct {
 	ctx      context.Context //nolint:containedctx // a Reply lives exactly as long as its request
 	req      Request
 	attempts int // belongs to the reader
+	bill     bill
 
 	wake chan struct{} // holds one token; given whenever something below changes
 
@@ -77,7 +79,9 @@ type Reply struct {
 	unreadLen int
 	delivered bool // a payload was handed to the reader or waits for it
 	lost      bool // the agent of cur is gone
-	ended     bool // done or err is final
+	ended     bool // nothing more is taken
+	closed    bool
+	done      bool // the reply came whole
 	tick      bool // a Tick is due
 	err       *schemas.Error
 	usage     schemas.Usage
@@ -101,6 +105,11 @@ func (r *Reply) OnStall(f func()) {
 func (r *Reply) Next() Event {
 	for {
 		r.mu.Lock()
+		if r.bill.grant.Expired() {
+			// Others may have settled it: nothing more may be delivered.
+			r.fail(quota.ErrEnded)
+			r.unread = nil
+		}
 		switch {
 		case len(r.unread) > 0 && !r.ended:
 			e := Event{Kind: EventChunk, Payload: r.unread}
@@ -160,17 +169,29 @@ func (r *Reply) failover() {
 	}
 }
 
+// ErrClientGone is for Interrupt when nobody reads the reply any more.
+var ErrClientGone = schemas.Errorf(schemas.CodeInternalError, "the client went away")
+
 // Interrupt ends the reply with an error, unless it has ended already.
 func (r *Reply) Interrupt(err *schemas.Error) { r.end(err) }
 
 func (r *Reply) end(err *schemas.Error) {
 	r.mu.Lock()
 	if !r.ended {
-		r.ended, r.err = true, err
-		r.timing.Ended = time.Now()
+		r.fail(err)
 	}
 	r.mu.Unlock()
 	r.signal()
+}
+
+// fail ends the reply with an error, unless there is one already. r.mu is held.
+func (r *Reply) fail(err *schemas.Error) {
+	if r.err == nil {
+		r.err = err
+	}
+	if !r.ended {
+		r.ended, r.timing.Ended = true, time.Now()
+	}
 }
 
 func (r *Reply) signal() {
@@ -181,21 +202,29 @@ func (r *Reply) signal() {
 }
 
 // Close ends the request, whatever its state: a job that still waits is removed, one
-// that runs is cancelled.
+// that runs is cancelled, and the request is settled. It doesn't wait for the books; see
+// Settled. Again, it does nothing.
 func (r *Reply) Close() {
 	r.mu.Lock()
+	if r.closed {
+		r.mu.Unlock()
+		return
+	}
+	r.closed = true
 	a := r.cur
 	over := a != nil && a.over
 	if !r.ended {
-		r.ended = true
-		r.timing.Ended = time.Now()
+		r.ended, r.timing.Ended = true, time.Now()
 	}
+	r.settle(nil)
 	r.mu.Unlock()
-	if a == nil {
-		return
-	}
-	r.retire(a)
-	if !over {
+	r.bill.end()
+	switch {
+	case a == nil:
+	case over:
+		r.d.agents.Release(r.req.Tenant, a.agent, r.req.Model)
+	default:
+		r.retire(a)
 		r.remove(a)
 	}
 }
@@ -203,9 +232,7 @@ func (r *Reply) Close() {
 // retire forgets the current attempt: frames of it fail from now on. It reports whether
 // anything of the reply was delivered before, and whether it has ended.
 func (r *Reply) retire(a *attempt) (delivered, ended bool) {
-	r.d.mu.Lock()
-	delete(r.d.replies, a.nonce)
-	r.d.mu.Unlock()
+	r.d.forget(a.nonce)
 	r.mu.Lock()
 	r.cur, r.lost = nil, false
 	delivered, ended = r.delivered, r.ended
@@ -225,7 +252,7 @@ const removeWait = 2 * time.Second
 // and the job is taken out of the queue, since the worker may be gone. A claim that
 // comes all the same is refused, so a failure here costs a delivery, and nothing else.
 func (r *Reply) remove(a *attempt) {
-	r.d.cancel(a.agent, a.nonce, schemas.ReasonCancelled)
+	r.d.cancel(a.agent, a.nonce)
 	if a.seq == 0 {
 		return
 	}
@@ -238,8 +265,9 @@ func (r *Reply) remove(a *attempt) {
 
 // take checks a frame against the current attempt and takes it in. It returns the
 // verdict, or false for a frame that isn't answered: one that came before its claim,
-// which got lost and will be sent again.
-func (r *Reply) take(subject string, f *schemas.Frame, now time.Time) (schemas.Verdict, bool) {
+// which got lost and will be sent again, or one that comes after the last one, which is
+// answered when the books have it. inbox is where an answer goes.
+func (r *Reply) take(subject, inbox string, f *schemas.Frame, now time.Time) (schemas.Verdict, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	a := r.cur
@@ -248,9 +276,9 @@ func (r *Reply) take(subject string, f *schemas.Frame, now time.Time) (schemas.V
 	case a == nil || a.subject != subject:
 		v.Reason = schemas.ReasonSuperseded
 		return v, true
-	case r.ended && r.err == nil:
-		v.Reason = schemas.ReasonFinished
-		return v, true
+	case a.over && f.Run == a.run:
+		r.bill.unheard = inbox
+		return v, false
 	case r.ended:
 		v.Reason = schemas.ReasonCancelled
 		return v, true
@@ -271,8 +299,14 @@ func (r *Reply) take(subject string, f *schemas.Frame, now time.Time) (schemas.V
 	case f.Seq == a.next:
 		r.accept(a, f, now)
 	}
+	if a.over {
+		r.bill.unheard = inbox
+		r.settle(func() { r.heed(a) })
+		return v, false
+	}
+	r.count(a, f)
 	// A frame that was seen is answered like one that is taken; a gap shows in Next.
-	v.Go, v.Next = true, a.next
+	v.Go, v.Next, v.Limit, v.More = true, a.next, r.bill.limit, r.bill.more
 	return v, true
 }
 
@@ -300,12 +334,12 @@ func (r *Reply) accept(a *attempt, f *schemas.Frame, now time.Time) {
 	case f.Kind == schemas.FrameError:
 		r.ended, a.over, r.err = true, true, f.Error
 	case f.Kind == schemas.FrameDone:
-		r.ended, a.over = true, true
+		r.ended, a.over, r.done = true, true, true
 	case r.req.Stream && r.unreadLen > r.d.cfg.MaxUnread:
 		r.ended = true
 		r.err = schemas.Errorf(schemas.CodeAgentTimeout,
 			"The reply was ended because you read it too slowly: more than %d bytes of it were waiting.", r.d.cfg.MaxUnread)
-		r.d.cancel(a.agent, a.nonce, schemas.ReasonCancelled)
+		r.d.cancel(a.agent, a.nonce)
 		if r.onStall != nil {
 			go r.onStall()
 		}
@@ -345,8 +379,15 @@ func (r *Reply) sweep(now time.Time) {
 	}
 	cfg := &r.d.cfg
 	switch {
+	case r.bill.grant.Expired():
+		r.fail(quota.ErrEnded)
+		r.signal()
 	case now.Sub(r.req.Received) > cfg.Total:
 		r.expire("it took longer than %s in all", cfg.Total)
+	case r.req.Stream && r.delivered && now.Sub(r.heard) > cfg.Idle && r.bill.away:
+		r.fail(schemas.Errorf(schemas.CodeInternalError,
+			"The reply was cut short: the server can't reach its database, and without it can't pay for more tokens."))
+		r.signal()
 	case r.req.Stream && r.delivered && now.Sub(r.heard) > cfg.Idle:
 		r.expire("nothing came from the backend for %s", cfg.Idle)
 	case r.req.Stream && !r.delivered && a.run != "" && !a.loading && now.Sub(a.claimed) > cfg.FirstToken:

@@ -31,10 +31,9 @@ func TestFramesAreTakenInOrderAndOnce(t *testing.T) {
 	d.want(schemas.Frame{Kind: schemas.FrameDone, Seq: 4, Tokens: 5, Payload: []byte("4\n")}, schemas.Verdict{Go: true, Next: 5})
 
 	// After the end nothing is taken, and the worker hears that it is over.
-	finished := schemas.Verdict{Reason: schemas.ReasonFinished}
-	d.want(schemas.Frame{Kind: schemas.FrameDone, Seq: 4, Payload: []byte("4\n")}, finished)
-	d.want(chunk(5, "5\n"), finished)
-	d.want(schemas.Frame{Kind: schemas.FrameProgress, Seq: 5}, finished)
+	d.over(schemas.Frame{Kind: schemas.FrameDone, Seq: 4, Payload: []byte("4\n")})
+	d.over(chunk(5, "5\n"))
+	d.over(schemas.Frame{Kind: schemas.FrameProgress, Seq: 5})
 	wantText(t, reply, "1\n2\n2b\n3\n4\n")
 	if got := reply.Usage().CompletionTokens; got != 5 {
 		t.Errorf("%d output tokens, want the 5 that the last frame counted", got)
@@ -69,7 +68,7 @@ func TestErrorComesAfterWhatWasDelivered(t *testing.T) {
 	d.chunk("three\n")
 	failure := schemas.Errorf(schemas.CodeContextLengthExceeded, "too long").WithParam("messages")
 	d.want(schemas.Frame{Kind: schemas.FrameError, Seq: 4, Error: failure}, schemas.Verdict{Go: true, Next: 5})
-	d.want(schemas.Frame{Kind: schemas.FrameError, Seq: 4, Error: failure}, schemas.Verdict{Reason: schemas.ReasonCancelled})
+	d.over(schemas.Frame{Kind: schemas.FrameError, Seq: 4, Error: failure})
 	text, err := read(reply)
 	if text != "two\nthree\n" || err == nil || *err != *failure {
 		t.Errorf("got %q and %v, want the rest and %v", text, err, failure)

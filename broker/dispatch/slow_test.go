@@ -49,7 +49,7 @@ func (h *house) startLater(req dispatch.Request) <-chan *dispatch.Reply {
 	started := make(chan *dispatch.Reply, 1)
 	go func() {
 		defer close(started)
-		reply, err := h.d.Start(context.Background(), req)
+		reply, _, err := h.d.Start(context.Background(), req)
 		if err != nil {
 			h.t.Error(err)
 			return

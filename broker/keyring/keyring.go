@@ -76,6 +76,12 @@ type Keyring struct {
 	entries map[apikey.Hash]*books.Identity
 	missing map[apikey.Hash]time.Time // keys that don't exist, until when that holds
 	flights map[apikey.Hash]*flight
+
+	suspected chan struct{} // holds one token: somebody is suspect
+
+	guardMu    sync.Mutex
+	guards     map[*guard]int64 // since which version, plus one, its key may be invalid; 0: it is valid
+	suspicious bool             // one of them may be
 }
 
 // poll is one successful poll.
@@ -103,6 +109,9 @@ func New(store Store, log *slog.Logger) *Keyring {
 		entries: map[apikey.Hash]*books.Identity{},
 		missing: map[apikey.Hash]time.Time{},
 		flights: map[apikey.Hash]*flight{},
+
+		suspected: make(chan struct{}, 1),
+		guards:    map[*guard]int64{},
 	}
 }
 
@@ -114,6 +123,12 @@ func (k *Keyring) OnChange(hook func(kind books.Kind, id string)) { k.hooks = ap
 
 // Run keeps the keyring true until ctx ends. It returns nil.
 func (k *Keyring) Run(ctx context.Context) error {
+	enforced := make(chan struct{})
+	go func() {
+		defer close(enforced)
+		k.enforce(ctx)
+	}()
+	defer func() { <-enforced }()
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
 	away := false
@@ -153,6 +168,7 @@ func (k *Keyring) poll(ctx context.Context) error {
 	}
 	// Only now, when nothing that is stale is left.
 	k.polled.Store(&poll{began: began, asOf: changes.AsOf})
+	k.suspect(changes)
 	for _, hook := range k.hooks {
 		if changes.Reset && since >= 0 {
 			hook("", "")

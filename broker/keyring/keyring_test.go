@@ -319,6 +319,63 @@ func TestChangesAreHeeded(t *testing.T) {
 	})
 }
 
+// A change of a key throws out what is known of all its secrets, and that its next secret
+// isn't known.
+func TestSecretsOfAKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newFake()
+		old, current, next, other := apikey.New(), apikey.New(), apikey.New(), apikey.New()
+		id := valid()
+		ends := id
+		ends.ExpiresAt = new(time.Now().Add(time.Minute))
+		store.put(old, ends, books.KindKey)
+		store.put(current, id, books.KindKey)
+		store.put(other, valid(), books.KindKey)
+		k := New(store, quiet)
+		running(t, k, func() {
+			synctest.Wait()
+			ask := func(key apikey.Key, want schemas.Code, lookups int) {
+				t.Helper()
+				before := store.count()
+				_, err := k.Authenticate(t.Context(), key, "")
+				if want == "" && err != nil {
+					t.Errorf("refused: %v", err)
+				} else if want != "" {
+					wantCode(t, err, want)
+				}
+				if got := store.count() - before; got != lookups {
+					t.Errorf("%d lookups, want %d", got, lookups)
+				}
+			}
+			for _, lookups := range []int{1, 0} {
+				ask(old, "", lookups)
+				ask(current, "", lookups)
+				ask(other, "", lookups)
+				ask(next, schemas.CodeKeyInvalid, lookups)
+			}
+			// Rotated: the current secret ends in ten seconds, the older one with it.
+			ends.ExpiresAt = new(time.Now().Add(10 * time.Second))
+			store.mu.Lock()
+			store.keys[old.Hash()], store.keys[current.Hash()] = ends, ends
+			store.mu.Unlock()
+			store.put(next, id, books.KindKey)
+			time.Sleep(pollEvery)
+			synctest.Wait()
+			ask(next, "", 1)
+			ask(old, "", 1)
+			ask(current, "", 1)
+			ask(other, "", 0)
+			time.Sleep(time.Until(*ends.ExpiresAt) - time.Millisecond)
+			ask(old, "", 0)
+			ask(current, "", 0)
+			time.Sleep(time.Millisecond)
+			ask(old, schemas.CodeKeyExpired, 0)
+			ask(current, schemas.CodeKeyExpired, 0)
+			ask(next, "", 0)
+		})
+	})
+}
+
 // An answer that was on its way while the key changed is used, and not kept.
 func TestLateAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

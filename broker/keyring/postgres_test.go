@@ -148,3 +148,107 @@ func TestBooksAway(t *testing.T) {
 		}
 	})
 }
+
+// A rotation, and new limits, hold at every edge within a second, and an old secret ends
+// when its overlap does.
+func TestRotationAndLimits(t *testing.T) {
+	address := pgtest.New(t)
+	admin := open(t, address)
+	first := apikey.New()
+	_, _, row, err := admin.EnsureFirst(t.Context(), first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	edges := []*Keyring{New(open(t, address), quiet), New(open(t, address), quiet)}
+	running(t, edges[0], func() {
+		running(t, edges[1], func() {
+			// await waits until every edge says of the secret what done wants.
+			await := func(what string, secret apikey.Key, limit time.Duration, done func(books.Identity, error) bool) {
+				t.Helper()
+				start := time.Now()
+				for i, k := range edges {
+					for {
+						id, err := k.Authenticate(t.Context(), secret, books.FirstTenant)
+						if done(id, err) {
+							break
+						}
+						if time.Since(start) > limit {
+							t.Fatalf("%s: edge %d says %+v, %v after %v", what, i, id, err, time.Since(start))
+						}
+						time.Sleep(5 * time.Millisecond) // there is no signal: this is what a client sees
+					}
+				}
+				t.Logf("%s after %v", what, time.Since(start))
+			}
+			accepted := func(id books.Identity, err error) bool { return err == nil && id.Key == row.ID }
+			expired := func(_ books.Identity, err error) bool {
+				return err != nil && schemas.AsError(err).Code == schemas.CodeKeyExpired
+			}
+			invalid := func(_ books.Identity, err error) bool {
+				return err != nil && schemas.AsError(err).Code == schemas.CodeKeyInvalid
+			}
+			cached := func(secret apikey.Key) {
+				t.Helper()
+				for _, k := range edges {
+					for start := time.Now(); ; {
+						if _, ok := k.Cached(secret, ""); ok {
+							break
+						}
+						if time.Since(start) > 5*time.Second {
+							t.Fatal("never in memory")
+						}
+						if _, err := k.Authenticate(t.Context(), secret, ""); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+			}
+			rotate := func(overlap time.Duration) apikey.Key {
+				t.Helper()
+				_, secret, err := admin.RotateKey(t.Context(), row.ID, books.Rotation{Overlap: overlap})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return secret
+			}
+			cached(first)
+			const overlap = 3 * time.Second
+			began := time.Now()
+			second := rotate(overlap)
+			await("the new secret is accepted", second, time.Second, accepted)
+			cached(first)
+			cached(second)
+			await("the old secret has ended", first, overlap+time.Second, expired)
+			if lived := time.Since(began); lived < overlap-500*time.Millisecond {
+				t.Errorf("the old secret lived for %v", lived)
+			}
+			await("the new secret goes on", second, time.Second, accepted)
+			third := rotate(0)
+			await("the second secret has ended", second, time.Second, expired)
+			await("the third secret is accepted", third, time.Second, accepted)
+
+			cached(third)
+			if _, err := admin.SetKey(t.Context(), row.ID, books.KeyChange{Concurrency: new(7), BudgetCents: new(int64(3)), Scopes: []string{"model:a"}}); err != nil {
+				t.Fatal(err)
+			}
+			await("the key's limits hold", third, time.Second, func(id books.Identity, err error) bool {
+				return err == nil && id.Concurrency == 7 && id.BudgetCents != nil && *id.BudgetCents == 3 && !id.Allows("b")
+			})
+			cached(third)
+			if _, err := admin.SetTenant(t.Context(), books.FirstTenant, books.TenantChange{QPS: new(9)}); err != nil {
+				t.Fatal(err)
+			}
+			await("the tenant's limit holds", third, time.Second, func(id books.Identity, err error) bool { return err == nil && id.QPS == 9 })
+
+			fourth := rotate(time.Hour)
+			await("the fourth secret is accepted", fourth, time.Second, accepted)
+			cached(third)
+			cached(fourth)
+			if _, err := admin.RevokeKey(t.Context(), row.ID); err != nil {
+				t.Fatal(err)
+			}
+			await("the fourth secret is revoked", fourth, time.Second, invalid)
+			await("the third secret is revoked", third, 100*time.Millisecond, invalid)
+		})
+	})
+}

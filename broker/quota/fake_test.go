@@ -69,6 +69,12 @@ func (f *fake) RenewLease(_ context.Context, owner schemas.OwnerID, _ time.Durat
 	return f.lease, f.err
 }
 
+func (f *fake) Standing(context.Context, schemas.KeyID, string) (books.Standing, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return books.Standing{Slots: 32, SlotsFree: 31}, f.err
+}
+
 func (f *fake) EndLease(context.Context, books.Lease) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

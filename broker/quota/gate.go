@@ -49,12 +49,13 @@ type Gate struct {
 	seed   maphash.Seed
 	shards []*shard
 	lease  *lease
+	rates  rates
 }
 
 // New returns a gate. It lets nobody in before it runs.
 func New(b Books, cfg Config, log *slog.Logger) *Gate {
 	cfg = cfg.withDefaults()
-	g := &Gate{cfg: cfg, books: b, log: log, seed: maphash.MakeSeed(), lease: newLease(b, cfg, log)}
+	g := &Gate{cfg: cfg, books: b, log: log, seed: maphash.MakeSeed(), lease: newLease(b, cfg, log), rates: rates{told: make(map[rateKey]toldRate)}}
 	for range cfg.Shards {
 		g.shards = append(g.shards, newShard(g))
 	}
@@ -117,7 +118,9 @@ func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
 		return Grant{}, err
 	}
 	d := &a.decision
-	grant := Grant{Rate: rate(d)}
+	grant := Grant{Rate: rate(books.Standing{
+		Slots: d.Slots, SlotsFree: d.SlotsFree, Budget: d.Budget, BudgetFree: d.BudgetFree, Price: d.Price,
+	})}
 	if err := refusal(d); err != nil {
 		return grant, err
 	}
@@ -213,18 +216,19 @@ func (g *Gate) alter(ctx context.Context, alter books.Alter) (books.Altered, err
 		return books.Altered{}, context.Cause(ctx) // done or not, it changes nothing for others
 	}
 	if c.err == nil && c.out.State != books.StateOpen {
-		return books.Altered{}, errEnded()
+		return books.Altered{}, ErrEnded
 	}
 	return c.out, c.err
 }
 
 // Settle ends a request: it is charged for a prompt, nil standing for what was
-// reserved, and for a completion of so many tokens. It doesn't wait. The channel is closed
-// once the books have taken it, which they will as long as the gate runs.
-func (g *Gate) Settle(grant *Grant, prompt *int64, completion int64, outcome books.Outcome) <-chan struct{} {
+// reserved, and for a completion of so many tokens. It doesn't wait. Once the books have
+// taken it, which they will as long as the gate runs, then is called, unless it is nil,
+// and the channel is closed. then must not block.
+func (g *Gate) Settle(grant *Grant, prompt *int64, completion int64, outcome books.Outcome, then func()) <-chan struct{} {
 	return g.shard(grant.Key).settle(books.Settlement{
 		Request: grant.Request, Key: grant.Key, Prompt: prompt, Completion: completion, Outcome: outcome,
-	})
+	}, then)
 }
 
 // Unsettled counts the settlements that the books haven't taken yet.
@@ -243,9 +247,14 @@ func errAway() *schemas.Error {
 		"This server can't reach its database just now, and without it admits no request. Try again in a few seconds.").WithRetryAfter(2 * time.Second)
 }
 
-func errEnded() *schemas.Error {
-	return schemas.Errorf(schemas.CodeInternalError, "The request has been ended, because the server that had it was taken for dead. Send it again.").WithRetryAfter(time.Second)
-}
+// ErrEnded is what becomes of a request whose owner was taken for dead: others may have
+// settled it, and nothing more of it may be delivered.
+var ErrEnded = schemas.Errorf(schemas.CodeInternalError,
+	"The server that had your request was out of touch for too long and was taken for dead, so the request was ended. Send it again.").WithRetryAfter(time.Second)
+
+// IsEnded reports whether an error is ErrEnded. errors.Is would find every internal error
+// to be it, since it compares codes.
+func IsEnded(err error) bool { return err == error(ErrEnded) }
 
 // refusal says to a client why it wasn't let in; nil if it was.
 func refusal(d *books.Decision) error {
@@ -274,7 +283,7 @@ func refusal(d *books.Decision) error {
 	case books.ReasonLease:
 		return schemas.Errorf(schemas.CodeInternalError, "This server has been out of touch with its database. Try again in a second.").WithRetryAfter(time.Second)
 	case books.ReasonEnded:
-		return errEnded()
+		return ErrEnded
 	}
 	return schemas.AsError(errors.New("unknown reason"))
 }

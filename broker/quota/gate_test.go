@@ -73,7 +73,7 @@ func TestTurnsAreBounded(t *testing.T) {
 				if err != nil {
 					t.Error(err)
 				}
-				<-g.Settle(&grant, nil, 1, books.OutcomeDone)
+				<-g.Settle(&grant, nil, 1, books.OutcomeDone, nil)
 			})
 		}
 		wg.Wait()
@@ -252,7 +252,7 @@ func TestSettleIsKept(t *testing.T) {
 			t.Fatal(err)
 		}
 		f.set(func() { f.err = errUnavailable })
-		done := g.Settle(&grant, new(int64(3)), 4, books.OutcomeDone)
+		done := g.Settle(&grant, new(int64(3)), 4, books.OutcomeDone, nil)
 		time.Sleep(time.Minute)
 		select {
 		case <-done:
@@ -268,7 +268,7 @@ func TestSettleIsKept(t *testing.T) {
 			t.Errorf("%+v", x)
 		}
 		f.set(func() { f.err = errUnavailable })
-		done = g.Settle(&grant, nil, 4, books.OutcomeDone)
+		done = g.Settle(&grant, nil, 4, books.OutcomeDone, nil)
 		go func() {
 			time.Sleep(time.Second)
 			f.set(func() { f.err = nil })

@@ -117,7 +117,7 @@ func TestRaceForBudget(t *testing.T) {
 					switch {
 					case err == nil:
 						admitted.Add(1)
-						<-g.Settle(&grant, new(int64(40)), 60, books.OutcomeDone)
+						<-g.Settle(&grant, new(int64(40)), 60, books.OutcomeDone, nil)
 					case retryable(err):
 						continue
 					case errors.Is(err, &schemas.Error{Code: schemas.CodeBudgetExceeded}):
@@ -170,7 +170,7 @@ func TestRaceForOpenEnds(t *testing.T) {
 					} else {
 						cut.Add(1)
 					}
-					g.Settle(&grant, new(int64(40)), min(60, grant.Limit), books.OutcomeDone)
+					g.Settle(&grant, new(int64(40)), min(60, grant.Limit), books.OutcomeDone, nil)
 				}
 			})
 		}
@@ -203,7 +203,7 @@ func TestRaceForSlots(t *testing.T) {
 						}
 						time.Sleep(time.Duration(rand.IntN(10)) * time.Millisecond)
 						flying.Add(-1)
-						g.Settle(&grant, nil, 1, books.OutcomeDone)
+						g.Settle(&grant, nil, 1, books.OutcomeDone, nil)
 					} else if ctx.Err() == nil && !retryable(err) {
 						t.Error(err)
 					}
@@ -250,7 +250,7 @@ func TestSequentialClient(t *testing.T) {
 		if grant.Rate.Requests != 1 || grant.Rate.RequestsLeft != 0 {
 			t.Errorf("%+v", grant.Rate)
 		}
-		<-g.Settle(&grant, nil, 1, books.OutcomeDone)
+		<-g.Settle(&grant, nil, 1, books.OutcomeDone, nil)
 	}
 }
 
@@ -358,14 +358,14 @@ func TestOwnerDies(t *testing.T) {
 	if _, err := other.Admit(t.Context(), h.ask(0, 101)); !errors.Is(err, &schemas.Error{Code: schemas.CodeConcurrencyLimit}) {
 		t.Error(err)
 	}
-	got, err := h.s.SettleOrphan(t.Context(), grants[0].Request, agent, schemas.Usage{PromptTokens: 5, CompletionTokens: 95})
+	got, err := h.s.SettleOrphan(t.Context(), h.tenant, agent, &schemas.UsageReport{Request: grants[0].Request, Usage: schemas.Usage{PromptTokens: 5, CompletionTokens: 95}})
 	if err != nil || got != books.OrphanSettled {
 		t.Errorf("%s, %v", got, err)
 	}
 	if grant, err := other.Admit(t.Context(), h.ask(0, 101)); err != nil {
 		t.Error(err)
 	} else {
-		<-other.Settle(&grant, nil, 1, books.OutcomeVoid)
+		<-other.Settle(&grant, nil, 1, books.OutcomeVoid, nil)
 	}
 	b.dead.Store(false)
 	select {
@@ -375,7 +375,7 @@ func TestOwnerDies(t *testing.T) {
 	}
 	// Of what nobody has settled so far, its own count is taken.
 	for i := range grants {
-		<-g.Settle(&grants[i], new(int64(10)), 10, books.OutcomeError)
+		<-g.Settle(&grants[i], new(int64(10)), 10, books.OutcomeError, nil)
 	}
 	if a := h.account(); a != (books.Account{Spent: (100 + 20 + 20) * 1000}) {
 		t.Errorf("%+v", a)
@@ -424,7 +424,7 @@ func TestPostgresAway(t *testing.T) {
 				if grant.Expired() {
 					expired.Add(1)
 				}
-				g.Settle(&grant, new(int64(1)), 9, books.OutcomeDone)
+				g.Settle(&grant, new(int64(1)), 9, books.OutcomeDone, nil)
 				settled.Add(1)
 			}
 		})

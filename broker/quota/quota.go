@@ -31,7 +31,6 @@ package quota
 
 import (
 	"context"
-	"math"
 	"time"
 
 	"github.com/ownllm/ownllm/broker/books"
@@ -43,6 +42,7 @@ type Books interface {
 	Turn(ctx context.Context, turn books.Turn) (books.Outcomes, error)
 	RenewLease(ctx context.Context, owner schemas.OwnerID, ttl time.Duration) (books.Lease, error)
 	EndLease(ctx context.Context, lease books.Lease) error
+	Standing(ctx context.Context, key schemas.KeyID, model string) (books.Standing, error)
 }
 
 // Config holds the bounds of a Gate. The zero value of each stands for its default.
@@ -87,34 +87,3 @@ func (c Config) withDefaults() Config {
 
 // Ask asks for the admission of a request; see books.Ask.
 type Ask = books.Ask
-
-// Rate is what the X-RateLimit headers tell.
-type Rate struct {
-	// Known says whether the rest is: not if the books didn't answer.
-	Known bool
-	// Requests is how many requests of the key may be in flight, and RequestsLeft how
-	// many more.
-	Requests, RequestsLeft int
-	// HasBudget says whether the key has one. Tokens is what it pays for in a month at
-	// the price of the model, and TokensLeft what of that is neither spent nor held; of a
-	// model that is free they are math.MaxInt64.
-	HasBudget          bool
-	Tokens, TokensLeft int64
-}
-
-func rate(d *books.Decision) Rate {
-	r := Rate{Known: true, Requests: d.Slots, RequestsLeft: d.SlotsFree, HasBudget: d.Budget != nil}
-	if r.HasBudget {
-		r.Tokens, r.TokensLeft = tokens(*d.Budget, d.Price), tokens(d.BudgetFree, d.Price)
-	}
-	return r
-}
-
-// tokens is how many tokens an amount pays for.
-func tokens(amount, price int64) int64 {
-	if price == 0 {
-		return math.MaxInt64
-	}
-	// Budgets may be 10^18, so the thousand goes in after the division.
-	return amount/price*1000 + amount%price*1000/price
-}

@@ -49,6 +49,7 @@ type change struct {
 // settlement is one that the books haven't taken yet.
 type settlement struct {
 	books.Settlement
+	then func() // or nil
 	done chan struct{}
 }
 
@@ -87,8 +88,8 @@ func (s *shard) signal() {
 }
 
 // settle takes a settlement even after the gate has stopped: then nobody gets to it.
-func (s *shard) settle(x books.Settlement) <-chan struct{} {
-	p := &settlement{Settlement: x, done: make(chan struct{})}
+func (s *shard) settle(x books.Settlement, then func()) <-chan struct{} {
+	p := &settlement{Settlement: x, then: then, done: make(chan struct{})}
 	s.mu.Lock()
 	s.settles = append(s.settles, p)
 	s.mu.Unlock()
@@ -98,7 +99,7 @@ func (s *shard) settle(x books.Settlement) <-chan struct{} {
 
 // void makes sure that a request holds nothing.
 func (s *shard) void(a Ask) {
-	s.settle(books.Settlement{Request: a.Request, Key: a.Key, Outcome: books.OutcomeVoid})
+	s.settle(books.Settlement{Request: a.Request, Key: a.Key, Outcome: books.OutcomeVoid}, nil)
 }
 
 func (s *shard) unsettled() int {
@@ -331,6 +332,9 @@ func (s *shard) oneByOne(ctx context.Context, w work) (reached bool) {
 
 func (s *shard) settled(list []*settlement) {
 	for _, x := range list {
+		if x.then != nil {
+			x.then()
+		}
 		close(x.done)
 	}
 	s.mu.Lock()

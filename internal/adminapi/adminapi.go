@@ -1,36 +1,54 @@
 // Package adminapi is the admin HTTP API of an edge: its wire types, its paths, and
 // a client. The edge serves these types, the command line and the tests call them.
+// schemas/openapi.json describes it for other languages.
 //
-//	POST /api/v1/tenants                    CreateTenant → Tenant
-//	GET  /api/v1/tenants                    → List[Tenant]
-//	POST /api/v1/tenants/{tenant}/suspend   → Tenant
-//	POST /api/v1/tenants/{tenant}/resume    → Tenant
-//	POST /api/v1/users                      CreateUser → User
-//	GET  /api/v1/users?tenant=              → List[User]
-//	POST /api/v1/users/{id}/deactivate      → User
-//	POST /api/v1/users/{id}/activate        → User
-//	POST /api/v1/keys                       CreateKey → CreatedKey
-//	GET  /api/v1/keys?tenant=&user=         → List[Key]
-//	POST /api/v1/keys/{id}/revoke           → Key
-//	GET  /api/v1/agents?tenant=             → List[Agent]
-//	GET  /api/v1/models?tenant=             → List[Model]
-//	GET  /api/v1/status                     → Status
+//	POST  /api/v1/tenants                    CreateTenant → Tenant
+//	GET   /api/v1/tenants                    → List[Tenant]
+//	PATCH /api/v1/tenants/{tenant}           ChangeTenant → Tenant
+//	POST  /api/v1/tenants/{tenant}/suspend   → Tenant
+//	POST  /api/v1/tenants/{tenant}/resume    → Tenant
+//	POST  /api/v1/users                      CreateUser → User
+//	GET   /api/v1/users?tenant=              → List[User]
+//	POST  /api/v1/users/{id}/deactivate      → User
+//	POST  /api/v1/users/{id}/activate        → User
+//	POST  /api/v1/keys                       CreateKey → CreatedKey
+//	GET   /api/v1/keys?tenant=&user=         → List[Key]
+//	PATCH /api/v1/keys/{id}                  ChangeKey → Key
+//	POST  /api/v1/keys/{id}/rotate           RotateKey → CreatedKey
+//	POST  /api/v1/keys/{id}/revoke           → Key
+//	GET   /api/v1/agents?tenant=             → List[Agent]
+//	GET   /api/v1/models?tenant=             → List[Model]
+//	PUT   /api/v1/prices                     SetPrice → Price
+//	GET   /api/v1/prices?tenant=             → List[Price]
+//	GET   /api/v1/usage?…                    → List[Usage], or CSV; see UsageFilter
+//	GET   /api/v1/audit?tenant=              → List[AuditEntry]
+//	GET   /api/v1/status                     → Status
+//	GET   /api/v1/openapi.json               → the OpenAPI document
 //
 // Every request carries "Authorization: Bearer <admin token>". Wherever a tenant is
 // asked for, its id and its slug will do. What creates answers 201, all else 200;
 // every failure is the OpenAI error envelope with a code of the contract: not_found
-// for an object that isn't there, invalid_value with its param for a field that is
-// wrong, key_invalid for a wrong admin token. To suspend, resume, deactivate,
-// activate or revoke what already is so is no error.
+// for an object that isn't there, invalid_value with its param for a field or query
+// parameter that is wrong or that nobody knows, key_invalid for a wrong admin token.
+// To suspend, resume, deactivate, activate or revoke what already is so is no error.
 //
 // Lists are pages, oldest first: ?limit= (1 to MaxLimit, default DefaultLimit) and
 // ?after= with the next of the page before.
+//
+// A create or rotation that carries an Idempotency-Key header can be sent again: the
+// same request under the same name makes nothing new, and gets the same answer, the
+// secret of a key included. Another request under that name is refused. Names are
+// remembered for at least 24 hours.
+//
+// Money is in cents, see Cents. Times are RFC 3339.
 //
 // The names are stable: fields may be added, so a client ignores what it doesn't
 // know.
 package adminapi
 
 import (
+	"bytes"
+	"encoding/json"
 	"time"
 
 	"github.com/ownllm/ownllm/schemas"
@@ -44,6 +62,9 @@ const (
 	DefaultLimit = 100
 	MaxLimit     = 500
 )
+
+// IdempotencyHeader names a create or a rotation, so that it can be sent again.
+const IdempotencyHeader = "Idempotency-Key"
 
 // List is a page of a list.
 type List[T any] struct {
@@ -65,15 +86,29 @@ type Tenant struct {
 	ID schemas.TenantID `json:"id"`
 	// Slug is the name of the tenant in host names; unique.
 	Slug string `json:"slug"`
+	// Name is for people.
+	Name string `json:"name"`
 	// State is TenantActive or TenantSuspended; the keys of a suspended tenant get
 	// tenant_disabled.
-	State     string    `json:"state"`
+	State string `json:"state"`
+	// QPS is how many requests all its keys together may make each second.
+	QPS       int       `json:"qps"`
 	CreatedAt time.Time `json:"created_at"`
 }
 
 // CreateTenant asks for a tenant.
 type CreateTenant struct {
 	Slug string `json:"slug"`
+	// Name is the slug if none is given.
+	Name string `json:"name,omitempty"`
+	// QPS is 32 if none is given.
+	QPS *int `json:"qps,omitempty"`
+}
+
+// ChangeTenant changes a tenant: what isn't given stays.
+type ChangeTenant struct {
+	Name *string `json:"name,omitempty"`
+	QPS  *int    `json:"qps,omitempty"`
 }
 
 // The states of a User.
@@ -121,6 +156,10 @@ type Key struct {
 	Prefix string `json:"prefix"`
 	// Scopes are what the key opens: "model:<id>" or "model:*".
 	Scopes []string `json:"scopes"`
+	// BudgetCents is what the key may spend in a calendar month (UTC); null: no bound.
+	BudgetCents *int64 `json:"budget_cents"`
+	// Concurrency is how many of its requests may be in flight.
+	Concurrency int `json:"concurrency"`
 	// State is KeyActive, KeyExpired or KeyRevoked. It says nothing of the tenant's
 	// and the user's.
 	State     string     `json:"state"`
@@ -138,8 +177,49 @@ type CreateKey struct {
 	Name string `json:"name,omitempty"`
 	// Scopes are what the key opens; none given: every model.
 	Scopes []string `json:"scopes,omitempty"`
-	// TTLSeconds is the lifetime of the key; 0: no end.
-	TTLSeconds int64 `json:"ttl_seconds,omitempty"`
+	// BudgetCents is what the key may spend in a month; none given: no bound.
+	BudgetCents *int64 `json:"budget_cents,omitempty"`
+	// Concurrency is 32 if none is given.
+	Concurrency *int `json:"concurrency,omitempty"`
+	// TTLSeconds is the lifetime of the key, and ExpiresAt its end; only one may be
+	// given. 0 and none: no end.
+	TTLSeconds int64      `json:"ttl_seconds,omitempty"`
+	ExpiresAt  *time.Time `json:"expires_at,omitempty"`
+}
+
+// ChangeKey changes a key: what isn't given stays.
+type ChangeKey struct {
+	Name *string `json:"name,omitempty"`
+	// Scopes are all that the key opens from now on.
+	Scopes      []string `json:"scopes,omitempty"`
+	BudgetCents Budget   `json:"budget_cents,omitzero"`
+	Concurrency *int     `json:"concurrency,omitempty"`
+}
+
+// Budget is a change of a budget: the zero value leaves it as it is.
+type Budget struct {
+	// Given says that the budget is to be set: to Cents, or to none if Cents is nil.
+	Given bool
+	Cents *int64
+}
+
+// MarshalJSON implements json.Marshaler: null stands for no bound.
+func (b Budget) MarshalJSON() ([]byte, error) { return json.Marshal(b.Cents) }
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (b *Budget) UnmarshalJSON(text []byte) error {
+	*b = Budget{Given: true}
+	if bytes.Equal(text, []byte("null")) {
+		return nil
+	}
+	b.Cents = new(int64)
+	return json.Unmarshal(text, b.Cents)
+}
+
+// RotateKey asks for a new secret of a key. Id, limits and spend stay.
+type RotateKey struct {
+	// OverlapSeconds is for how long the old secret goes on working; 0: it ends now.
+	OverlapSeconds int64 `json:"overlap_seconds,omitempty"`
 }
 
 // CreatedKey is a Key and, this once, its secret.
@@ -208,6 +288,95 @@ type Model struct {
 	SizeMB        int                  `json:"size_mb"`
 	// Agents are those that have the model, reachable or not.
 	Agents []schemas.AgentID `json:"agents"`
+	// CentsPer1kTokens is the price that holds for the tenant; null: none is set, so the
+	// model is free.
+	CentsPer1kTokens *Cents `json:"cents_per_1k_tokens"`
+}
+
+// Price is what 1,000 tokens of a model cost, of prompt and reply alike. A model
+// without one is free.
+type Price struct {
+	Model string `json:"model"`
+	// Tenant is whose price it is; absent: that of every tenant without one of its own.
+	Tenant           schemas.TenantID `json:"tenant,omitempty"`
+	TenantSlug       string           `json:"tenant_slug,omitempty"`
+	CentsPer1kTokens Cents            `json:"cents_per_1k_tokens"`
+	UpdatedAt        time.Time        `json:"updated_at"`
+}
+
+// SetPrice sets a price. Requests in flight keep the one that they began with.
+type SetPrice struct {
+	Model string `json:"model"`
+	// Tenant is the id or slug of a tenant; none given: every tenant without a price of
+	// its own.
+	Tenant string `json:"tenant,omitempty"`
+	// CentsPer1kTokens must be given; 0 makes the model free.
+	CentsPer1kTokens *Cents `json:"cents_per_1k_tokens"`
+}
+
+// The dimensions of usage.
+const (
+	ByTenant = "tenant"
+	ByUser   = "user"
+	ByKey    = "key"
+	ByModel  = "model"
+	ByDay    = "day"
+)
+
+// UsageFilter asks what was used: the query of GET /usage, as tenant, user, key, model,
+// since, until and by. Empty fields are no bounds.
+type UsageFilter struct {
+	// Tenant is an id or slug; User an id or, if there is a tenant, an email; Key an id.
+	Tenant, User, Key, Model string
+	// Since and Until bound when the requests ended: from Since on, and before Until. On
+	// the wire each is an RFC 3339 time, or a date, which stands for its beginning in UTC.
+	Since, Until time.Time
+	// By are the dimensions to sum up by, and in this order to sort by; on the wire with
+	// commas in between. With none there is one row.
+	By []string
+}
+
+// Usage is what was used, summed up from the ledger, which has one row for each request
+// that was admitted. Of the dimensions, the row has those that were asked for.
+type Usage struct {
+	Tenant     schemas.TenantID `json:"tenant,omitempty"`
+	TenantSlug string           `json:"tenant_slug,omitempty"`
+	User       schemas.UserID   `json:"user,omitempty"`
+	Email      string           `json:"email,omitempty"`
+	Key        schemas.KeyID    `json:"key,omitempty"`
+	KeyName    string           `json:"key_name,omitempty"`
+	// KeyPrefix is the beginning of the key's present secret.
+	KeyPrefix string `json:"key_prefix,omitempty"`
+	Model     string `json:"model,omitempty"`
+	// Day is in UTC, 2026-11-30, and that on which the requests ended.
+	Day string `json:"day,omitempty"`
+
+	Requests         int64 `json:"requests"`
+	PromptTokens     int64 `json:"prompt_tokens"`
+	CompletionTokens int64 `json:"completion_tokens"`
+	CostCents        Cents `json:"cost_cents"`
+}
+
+// AuditEntry says that somebody changed something.
+type AuditEntry struct {
+	// ID rises in the order in which the changes took effect.
+	ID int64     `json:"id"`
+	At time.Time `json:"at"`
+	// Actor is "admin" for whoever has the admin token, "system" for OwnLLM itself.
+	Actor string `json:"actor"`
+	// Request is the x-request-id, and Address that of the client.
+	Request string `json:"request,omitempty"`
+	Address string `json:"address,omitempty"`
+	// Action is what was done: "tenant.create", "key.rotate".
+	Action string `json:"action"`
+	// Kind is the kind of the object, and Object its id, or the model of a price.
+	Kind   string `json:"kind"`
+	Object string `json:"object"`
+	// Tenant is whose object it is; absent for a price that is everybody's.
+	Tenant     schemas.TenantID `json:"tenant,omitempty"`
+	TenantSlug string           `json:"tenant_slug,omitempty"`
+	// Detail is an object of what was set. It never holds a secret.
+	Detail json.RawMessage `json:"detail"`
 }
 
 // The states of a dependency.

@@ -12,7 +12,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
@@ -162,7 +164,7 @@ func TestErrors(t *testing.T) {
 // The wire form is a promise: this is its text.
 func TestWireForm(t *testing.T) {
 	for want, v := range map[string]any{
-		`{"id":"key_1","tenant":"","tenant_slug":"","user":"","email":"","name":"","prefix":"sk-ownllm-ab","scopes":null,"state":"active","created_at":"0001-01-01T00:00:00Z","expires_at":null,"revoked_at":null,"key":"sk-ownllm-abc"}`: adminapi.CreatedKey{
+		`{"id":"key_1","tenant":"","tenant_slug":"","user":"","email":"","name":"","prefix":"sk-ownllm-ab","scopes":null,"budget_cents":null,"concurrency":0,"state":"active","created_at":"0001-01-01T00:00:00Z","expires_at":null,"revoked_at":null,"key":"sk-ownllm-abc"}`: adminapi.CreatedKey{
 			Key: adminapi.Key{ID: "key_1", Prefix: "sk-ownllm-ab", State: "active"}, Secret: "sk-ownllm-abc",
 		},
 		`{"version":"v1","ready":true,"postgres":"ok","nats":"down","agents":[{"id":"agt_1","tenant":"ten_1","name":"gpu","host":"h","state":"up","last_seen":null,"running":1,"waiting":2,"slots":3,` +
@@ -175,9 +177,20 @@ func TestWireForm(t *testing.T) {
 				}},
 			}},
 		},
-		`{"data":[{"id":"ten_1","slug":"acme","state":"active","created_at":"0001-01-01T00:00:00Z"}],"has_more":true,"next":"c"}`: adminapi.List[adminapi.Tenant]{
-			Data: []adminapi.Tenant{{ID: "ten_1", Slug: "acme", State: "active"}}, HasMore: true, Next: "c",
+		`{"data":[{"id":"ten_1","slug":"acme","name":"Acme","state":"active","qps":32,"created_at":"0001-01-01T00:00:00Z"}],"has_more":true,"next":"c"}`: adminapi.List[adminapi.Tenant]{
+			Data: []adminapi.Tenant{{ID: "ten_1", Slug: "acme", Name: "Acme", State: "active", QPS: 32}}, HasMore: true, Next: "c",
 		},
+		`{"id":"m","tenant":"ten_1","state":"ready","capabilities":{"completion":false,"vision":false,"embedding":false,"tools":false,"thinking":false},` +
+			`"context_window":0,"size_mb":0,"agents":null,"cents_per_1k_tokens":0.25}`: adminapi.Model{ID: "m", Tenant: "ten_1", State: "ready", CentsPer1kTokens: cents(250_000)},
+		`{"model":"m","cents_per_1k_tokens":0,"updated_at":"0001-01-01T00:00:00Z"}`:    adminapi.Price{Model: "m"},
+		`{"model":"m","cents_per_1k_tokens":null}`:                                     adminapi.SetPrice{Model: "m"},
+		`{"requests":1,"prompt_tokens":2,"completion_tokens":3,"cost_cents":0.000001}`: adminapi.Usage{Requests: 1, PromptTokens: 2, CompletionTokens: 3, CostCents: 1},
+		`{"tenant":"a","user":"b"}`:                                                    adminapi.CreateKey{Tenant: "a", User: "b"},
+		`{}`:                                                                           adminapi.ChangeKey{},
+		`{"budget_cents":null}`:                                                        adminapi.ChangeKey{BudgetCents: adminapi.Budget{Given: true}},
+		`{"name":"","scopes":["model:*"],"budget_cents":0}`:                            adminapi.ChangeKey{Name: new(string), Scopes: []string{"model:*"}, BudgetCents: adminapi.Budget{Given: true, Cents: new(int64)}},
+		`{"slug":"acme"}`:                                                              adminapi.CreateTenant{Slug: "acme"},
+		`{"id":7,"at":"0001-01-01T00:00:00Z","actor":"admin","action":"a","kind":"k","object":"o","detail":{}}`: adminapi.AuditEntry{ID: 7, Actor: "admin", Action: "a", Kind: "k", Object: "o", Detail: []byte(`{}`)},
 	} {
 		b, err := json.Marshal(v)
 		if err != nil {
@@ -185,6 +198,136 @@ func TestWireForm(t *testing.T) {
 		}
 		if diff := cmp.Diff(want, string(b)); diff != "" {
 			t.Errorf("%T, -want +got:\n%s", v, diff)
+		}
+	}
+}
+
+func cents(n adminapi.Cents) *adminapi.Cents { return &n }
+
+// A budget can be a number, none, or not told.
+func TestBudget(t *testing.T) {
+	for text, want := range map[string]adminapi.Budget{
+		`{}`:                      {},
+		`{"budget_cents":null}`:   {Given: true},
+		`{"budget_cents":0}`:      {Given: true, Cents: new(int64)},
+		`{"budget_cents": null }`: {Given: true},
+	} {
+		var c adminapi.ChangeKey
+		if err := json.Unmarshal([]byte(text), &c); err != nil {
+			t.Errorf("%s: %v", text, err)
+		}
+		if diff := cmp.Diff(want, c.BudgetCents); diff != "" {
+			t.Errorf("%s, -want +got:\n%s", text, diff)
+		}
+	}
+	for _, text := range []string{`"5"`, `1.5`, `[]`, `{}`, `true`, `99999999999999999999`} {
+		var c adminapi.ChangeKey
+		var wrong *json.UnmarshalTypeError
+		if err := json.Unmarshal([]byte(`{"budget_cents":`+text+`}`), &c); !errors.As(err, &wrong) || wrong.Field != "budget_cents" {
+			t.Errorf("%s: %v, %+v", text, err, c)
+		}
+	}
+}
+
+// What makes something is sent again under its name when the connection fails, and
+// whatever else isn't.
+func TestCreatesAreTriedAgain(t *testing.T) {
+	var mu sync.Mutex
+	var names []string
+	failing := 2
+	url := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		names = append(names, r.Method+" "+r.URL.Path+" "+r.Header.Get(adminapi.IdempotencyHeader))
+		if len(names) <= failing {
+			panic(http.ErrAbortHandler) // the connection breaks
+		}
+		reply(w, struct{}{})
+	})
+	tries := func(fail int, ask func(*adminapi.Client) error) ([]string, error) {
+		mu.Lock()
+		names, failing = nil, fail
+		mu.Unlock()
+		c := client(t, url)
+		err := ask(c)
+		mu.Lock()
+		defer mu.Unlock()
+		return names, err
+	}
+	seen := map[string]bool{}
+	for what, ask := range map[string]func(*adminapi.Client) error{
+		"/tenants": func(c *adminapi.Client) error {
+			_, err := c.CreateTenant(t.Context(), adminapi.CreateTenant{})
+			return err
+		},
+		"/users": func(c *adminapi.Client) error {
+			_, err := c.CreateUser(t.Context(), adminapi.CreateUser{})
+			return err
+		},
+		"/keys": func(c *adminapi.Client) error {
+			_, err := c.CreateKey(t.Context(), adminapi.CreateKey{})
+			return err
+		},
+		"/keys/key_1/rotate": func(c *adminapi.Client) error {
+			_, err := c.RotateKey(t.Context(), "key_1", adminapi.RotateKey{})
+			return err
+		},
+	} {
+		names, err := tries(2, ask)
+		if err != nil || len(names) < 3 || !strings.HasPrefix(names[0], "POST /api/v1"+what+" ") || len(names[0]) < len("POST /api/v1"+what+" ")+20 {
+			t.Errorf("%s: %v, %v", what, names, err)
+		}
+		for _, name := range names {
+			if name != names[0] {
+				t.Errorf("%s: another name: %v", what, names)
+			}
+		}
+		if seen[names[0]] {
+			t.Errorf("%s: an old name", what)
+		}
+		seen[names[0]] = true
+
+		var away *adminapi.UnreachableError
+		if names, err := tries(1000, ask); !errors.As(err, &away) || len(names) < 3 {
+			t.Errorf("%s: %v, %v", what, names, err)
+		}
+	}
+	names, err := tries(1, func(c *adminapi.Client) error {
+		_, err := c.ChangeTenant(t.Context(), "a/b", adminapi.ChangeTenant{})
+		return err
+	})
+	if err == nil || len(names) != 1 || names[0] != "PATCH /api/v1/tenants/a/b " {
+		t.Errorf("a change: %v, %v", names, err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if names, err := tries(1000, func(c *adminapi.Client) error {
+		_, err := c.CreateTenant(ctx, adminapi.CreateTenant{})
+		return err
+	}); !errors.Is(err, context.Canceled) || len(names) != 0 {
+		t.Errorf("interrupted: %v, %v", names, err)
+	}
+}
+
+func TestUsageAsksForWhatIsWanted(t *testing.T) {
+	var got string
+	url := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		got = r.URL.RawQuery
+		reply(w, adminapi.List[adminapi.Usage]{Data: someUsage})
+	})
+	since := time.Date(2026, 11, 1, 1, 0, 0, 500, time.FixedZone("", 3600))
+	for want, f := range map[string]adminapi.UsageFilter{
+		"limit=500": {},
+		"by=key%2Cday&key=key_1&limit=500&model=a%2Fb&since=2026-11-01T00%3A00%3A00.0000005Z&tenant=acme&until=2026-11-01T01%3A00%3A00.0000005Z&user=u": {
+			Tenant: "acme", User: "u", Key: "key_1", Model: "a/b", Since: since, Until: since.Add(time.Hour), By: []string{"key", "day"},
+		},
+	} {
+		rows, err := client(t, url).Usage(t.Context(), f)
+		if err != nil || got != want {
+			t.Errorf("%v: asked %s, want %s", err, got, want)
+		}
+		if diff := cmp.Diff(someUsage, rows); diff != "" {
+			t.Errorf("-want +got:\n%s", diff)
 		}
 	}
 }

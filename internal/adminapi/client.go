@@ -3,6 +3,7 @@ package adminapi
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,8 +24,13 @@ const (
 	maxReply    = 64 << 20
 )
 
+// pauses are between the tries of a create whose connection failed.
+var pauses = []time.Duration{100 * time.Millisecond, 400 * time.Millisecond}
+
 // Client calls the admin API of an edge. Its methods may be called from several
-// goroutines. The errors that they return are:
+// goroutines. Creates and rotations carry a fresh Idempotency-Key, and are tried again
+// under it if the connection fails: nothing is made twice. The errors that the methods
+// return are:
 //
 //   - *UnreachableError: nothing answers at the address;
 //   - *schemas.Error: the edge refused, with its code and message;
@@ -84,7 +90,12 @@ func (c *Client) Address() string { return c.base }
 
 // CreateTenant makes a tenant.
 func (c *Client) CreateTenant(ctx context.Context, in CreateTenant) (Tenant, error) {
-	return call[Tenant](ctx, c, http.MethodPost, "/tenants", in)
+	return create[Tenant](ctx, c, "/tenants", in)
+}
+
+// ChangeTenant changes a tenant, named by id or slug.
+func (c *Client) ChangeTenant(ctx context.Context, tenant string, in ChangeTenant) (Tenant, error) {
+	return call[Tenant](ctx, c, http.MethodPatch, "/tenants/"+url.PathEscape(tenant), in)
 }
 
 // Tenants lists all tenants.
@@ -104,7 +115,7 @@ func (c *Client) ResumeTenant(ctx context.Context, tenant string) (Tenant, error
 
 // CreateUser makes a user.
 func (c *Client) CreateUser(ctx context.Context, in CreateUser) (User, error) {
-	return call[User](ctx, c, http.MethodPost, "/users", in)
+	return create[User](ctx, c, "/users", in)
 }
 
 // Users lists the users of a tenant, or of all for an empty one.
@@ -124,7 +135,17 @@ func (c *Client) ActivateUser(ctx context.Context, id schemas.UserID) (User, err
 
 // CreateKey makes a key. The reply holds the secret, this once.
 func (c *Client) CreateKey(ctx context.Context, in CreateKey) (CreatedKey, error) {
-	return call[CreatedKey](ctx, c, http.MethodPost, "/keys", in)
+	return create[CreatedKey](ctx, c, "/keys", in)
+}
+
+// ChangeKey changes a key.
+func (c *Client) ChangeKey(ctx context.Context, id schemas.KeyID, in ChangeKey) (Key, error) {
+	return call[Key](ctx, c, http.MethodPatch, "/keys/"+url.PathEscape(string(id)), in)
+}
+
+// RotateKey gives a key a new secret. The reply holds it, this once.
+func (c *Client) RotateKey(ctx context.Context, id schemas.KeyID, in RotateKey) (CreatedKey, error) {
+	return create[CreatedKey](ctx, c, "/keys/"+url.PathEscape(string(id))+"/rotate", in)
 }
 
 // Keys lists the keys of a tenant and a user; empty ones stand for all.
@@ -145,6 +166,35 @@ func (c *Client) Agents(ctx context.Context, tenant string) ([]Agent, error) {
 // Models lists the models of a tenant, or of all for an empty one.
 func (c *Client) Models(ctx context.Context, tenant string) ([]Model, error) {
 	return list[Model](ctx, c, "/models", filter("tenant", tenant))
+}
+
+// SetPrice sets the price of a model.
+func (c *Client) SetPrice(ctx context.Context, in SetPrice) (Price, error) {
+	return call[Price](ctx, c, http.MethodPut, "/prices", in)
+}
+
+// Prices lists the prices that hold for a tenant, or all that are set for an empty one.
+func (c *Client) Prices(ctx context.Context, tenant string) ([]Price, error) {
+	return list[Price](ctx, c, "/prices", filter("tenant", tenant))
+}
+
+// Usage sums up what was used.
+func (c *Client) Usage(ctx context.Context, f UsageFilter) ([]Usage, error) {
+	moment := func(t time.Time) string {
+		if t.IsZero() {
+			return ""
+		}
+		return t.UTC().Format(time.RFC3339Nano)
+	}
+	return list[Usage](ctx, c, "/usage", filter(
+		"tenant", f.Tenant, "user", f.User, "key", f.Key, "model", f.Model,
+		"since", moment(f.Since), "until", moment(f.Until), "by", strings.Join(f.By, ","),
+	))
+}
+
+// Audit lists what was changed of a tenant, or of everything for an empty one.
+func (c *Client) Audit(ctx context.Context, tenant string) ([]AuditEntry, error) {
+	return list[AuditEntry](ctx, c, "/audit", filter("tenant", tenant))
 }
 
 // Status asks how the edge is.
@@ -187,7 +237,28 @@ func list[T any](ctx context.Context, c *Client, path string, query url.Values) 
 	}
 }
 
+// create sends what makes something, under a name of its own, until an answer comes.
+func create[T any](ctx context.Context, c *Client, path string, in any) (T, error) {
+	name := rand.Text()
+	for try := 0; ; try++ {
+		out, err := do[T](ctx, c, http.MethodPost, path, name, in)
+		var away *UnreachableError
+		if try == len(pauses) || !errors.As(err, &away) {
+			return out, err
+		}
+		select {
+		case <-ctx.Done():
+			return out, context.Cause(ctx)
+		case <-time.After(pauses[try]):
+		}
+	}
+}
+
 func call[T any](ctx context.Context, c *Client, method, path string, in any) (T, error) {
+	return do[T](ctx, c, method, path, "", in)
+}
+
+func do[T any](ctx context.Context, c *Client, method, path, name string, in any) (T, error) {
 	var out, none T
 	var body io.Reader
 	if in != nil {
@@ -203,6 +274,9 @@ func call[T any](ctx context.Context, c *Client, method, path string, in any) (T
 	}
 	request.Header.Set("Authorization", "Bearer "+c.token.Reveal())
 	request.Header.Set("Accept", "application/json")
+	if name != "" {
+		request.Header.Set(IdempotencyHeader, name)
+	}
 	if in != nil {
 		request.Header.Set("Content-Type", "application/json")
 	}

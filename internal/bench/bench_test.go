@@ -29,8 +29,8 @@ func TestQuick(t *testing.T) {
 	if err := json.Unmarshal(stdout.Bytes(), &r); err != nil {
 		t.Fatal(err)
 	}
-	if r.Cores < 1 || r.Commit == "" || len(r.Workloads) != len(workloads) {
-		t.Errorf("report = %+v", r)
+	if r.Cores < 1 || r.Commit == "" || len(r.Workloads) != len(workloads) || r.Admissions == nil {
+		t.Fatalf("report = %+v", r)
 	}
 	for _, m := range r.Workloads {
 		if len(m.Rounds) != 1 {
@@ -42,11 +42,22 @@ func TestQuick(t *testing.T) {
 			}
 		}
 	}
+	for _, c := range []contest{
+		{1000, 1, "admit", 0}, {1000, 32, "update", 32}, {1000, 256, "update", 256}, {1, 256, "admit", 0}, {1, 256, "update", 64},
+	} {
+		if rounds := r.Admissions.find(c); len(rounds) != 1 {
+			t.Errorf("%+v: %d rounds, want 1", c, len(rounds))
+		}
+	}
+	// Admission alone is one round trip and its settlement another, however busy the machine.
+	if p := r.Admissions.find(alone)[0]; p.Trips != 2 {
+		t.Errorf("%v round trips for an admission and a settlement", p.Trips)
+	}
 	var text strings.Builder
 	if err := r.writeText(&text); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{r.Commit, "stream, 32 clients", "whole,   1 client", "p99", "ownllm up"} {
+	for _, want := range []string{r.Commit, "stream, 32 clients", "whole,   1 client", "p99", "ownllm up", "1000 keys,  32 waiters", "   1 key,    1 waiter "} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("the text lacks %q:\n%s", want, &text)
 		}
@@ -54,7 +65,7 @@ func TestQuick(t *testing.T) {
 }
 
 func TestUsage(t *testing.T) {
-	for _, args := range [][]string{{"-rounds", "0"}, {"-duration", "1ms"}, {"-nonsense"}, {"word"}} {
+	for _, args := range [][]string{{"-rounds", "0"}, {"-duration", "1ms"}, {"-nonsense"}, {"word"}, {"-only", "word"}} {
 		var stdout, stderr bytes.Buffer
 		if code := run(t.Context(), args, &stdout, &stderr); code != 2 || stderr.Len() == 0 {
 			t.Errorf("%q: exit code %d, says %q", args, code, &stderr)

@@ -6,6 +6,8 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
+	"path"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -102,19 +104,57 @@ func quantile(sorted []time.Duration, q float64) float64 {
 	return float64(sorted[min(i, len(sorted)-1)].Nanoseconds()) / 1e3
 }
 
+const module = "github.com/ownllm/ownllm"
+
 // warmUp is how long each side gets to fill its caches before it is measured.
 const warmUp = 300 * time.Millisecond
 
-// measure starts everything, measures all workloads in turns, and returns the report.
+// measure measures what the flags ask for, and returns the report.
 func measure(ctx context.Context, c config, stderr io.Writer) (*Report, error) {
+	dir, err := os.MkdirTemp("", "ownllm-bench-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = os.RemoveAll(dir) }() // what is left is in the temporary folder
+	if c.binary == "" {
+		if c.binary, err = build(ctx, dir, module, "build", "-buildvcs=auto"); err != nil {
+			return nil, err
+		}
+	}
 	report := newReport(c)
-	s, err := startStack(ctx, c, stderr)
+	report.Commit = commit(ctx, c.binary)
+	if c.only != "admissions" {
+		if report.Workloads, err = measureRequests(ctx, c, dir, stderr); err != nil {
+			return nil, err
+		}
+	}
+	if c.only != "requests" {
+		if report.Admissions, err = measureAdmissions(ctx, c, dir, stderr); err != nil {
+			return nil, err
+		}
+	}
+	return report, nil
+}
+
+// build has the go command make a program of a package, in dir, and returns its path.
+func build(ctx context.Context, dir, of string, args ...string) (binary string, err error) {
+	binary = filepath.Join(dir, path.Base(of))
+	if out, err := exec.CommandContext(ctx, "go", append(args, "-o", binary, of)...).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build %s: %w\n%s", of, err, out)
+	}
+	return binary, nil
+}
+
+// measureRequests starts everything, and measures all workloads in turns.
+func measureRequests(ctx context.Context, c config, dir string, stderr io.Writer) ([]Measured, error) {
+	s, err := startStack(ctx, c.binary, dir, stderr)
 	if err != nil {
 		return nil, err
 	}
 	defer s.close()
-	report.Commit = commit(ctx, s.binary)
-	for _, w := range workloads {
+	list := make([]Measured, len(workloads))
+	for i, w := range workloads {
+		list[i].workload = w
 		for _, t := range []target{s.direct, s.through} {
 			if _, err := s.load(ctx, t, w, warmUp); err != nil {
 				return nil, err
@@ -130,16 +170,16 @@ func measure(ctx context.Context, c config, stderr io.Writer) (*Report, error) {
 			if pair.Broker, err = s.load(ctx, s.through, w, c.duration); err != nil {
 				return nil, err
 			}
-			report.Workloads[i].Rounds = append(report.Workloads[i].Rounds, pair)
+			list[i].Rounds = append(list[i].Rounds, pair)
 		}
-		fmt.Fprintf(stderr, "round %d of %d\n", round+1, c.rounds)
+		fmt.Fprintf(stderr, "requests: round %d of %d\n", round+1, c.rounds)
 	}
 	if c.profile != "" {
 		if err := s.profile(ctx, c.profile); err != nil {
 			return nil, err
 		}
 	}
-	return report, nil
+	return list, nil
 }
 
 // profileTime is how long a profile is taken for.

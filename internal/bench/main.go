@@ -1,9 +1,13 @@
-// Command bench measures what the broker costs: it sends the same requests to the demo
-// backend directly and through `ownllm up`, in turns, and prints both side by side.
+// Command bench measures what the broker costs. It sends the same requests to the demo
+// backend directly and through `ownllm up`, in turns, and prints both side by side; then
+// it does the same with admissions and bare UPDATEs.
 //
-//	go run ./internal/bench                 five rounds of two seconds for each figure
-//	go run ./internal/bench -quick          one short round, to see that it works
-//	go run ./internal/bench -profile DIR    CPU and allocation profiles of the broker too
+//	go run ./internal/bench                    five rounds of two seconds for each figure
+//	go run ./internal/bench -quick             one short round, to see that it works
+//	go run ./internal/bench -only admissions   one of the two parts
+//	go run ./internal/bench -profile DIR       CPU and allocation profiles of the broker too
+//
+// # Requests
 //
 // The backend is `ownllm demo`, a process of its own, and so is `ownllm up` with its
 // NATS and Postgres. Client, broker and backend share the machine, as they did in every
@@ -21,6 +25,20 @@
 //
 // Every reply is checked: status, the numbered tokens each once and in order,
 // finish_reason, and [DONE] at the end of a stream. One that is wrong ends the benchmark.
+//
+// Every request is admitted and settled in full: the model has a price, the key a budget,
+// and tenant and key have limits, all of them higher than anything that is measured.
+//
+// # Admissions
+//
+// What PostgreSQL can take is measured without the rest: BenchmarkAdmission in
+// broker/books admits and settles through broker/quota, as the edge does, from 1, 32 and
+// 256 goroutines, for one key and for 1,000. An admission counts with its settlement.
+//
+// The bare loop is what a gateway would do that counts in the database without more ado:
+// one UPDATE for each request, half of what admission and settlement come to. On one row
+// it depends much on how many sessions fight for the row, so it is tried with one
+// connection for each waiter and with fewer.
 package main
 
 import (
@@ -39,6 +57,7 @@ import (
 type config struct {
 	rounds   int
 	duration time.Duration // of one measurement
+	only     string        // "requests", "admissions" or, for both, ""
 	binary   string
 	profile  string
 	json     bool
@@ -72,7 +91,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.IntVar(&c.rounds, "rounds", 5, "how often each figure is measured")
 	flags.DurationVar(&c.duration, "duration", 2*time.Second, "how long one measurement takes")
 	flags.BoolVar(&quick, "quick", false, "one round of 300 ms, to see that it works")
-	flags.StringVar(&c.binary, "binary", "", "the ownllm to measure; without it, it is built")
+	flags.StringVar(&c.only, "only", "", "measure `part` alone: requests or admissions")
+	flags.StringVar(&c.binary, "binary", "", "the ownllm that takes the requests; without it, it is built; admissions are always of this checkout")
 	flags.StringVar(&c.profile, "profile", "", "folder for CPU and allocation profiles of the broker process")
 	flags.BoolVar(&c.json, "json", false, "print JSON, for programs")
 	if err := flags.Parse(args); err != nil {
@@ -80,6 +100,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	if quick {
 		c.rounds, c.duration = 1, 300*time.Millisecond
+	}
+	if c.only != "" && c.only != "requests" && c.only != "admissions" {
+		fmt.Fprintln(stderr, "bench: -only takes requests or admissions")
+		return 2
 	}
 	if c.rounds < 1 || c.duration < 100*time.Millisecond || flags.NArg() > 0 {
 		fmt.Fprintln(stderr, "bench: it takes at least 1 round, of at least 100ms, and no arguments")

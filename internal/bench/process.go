@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/ownllm/ownllm/internal/adminapi"
+	"github.com/ownllm/ownllm/internal/secret"
 )
 
 const (
@@ -62,8 +63,6 @@ func (p *process) pid() int { return p.cmd.Process.Pid }
 
 // stack is what is measured: a backend, and a broker in front of it.
 type stack struct {
-	dir     string // removed at the end
-	binary  string // what is measured
 	backend *process
 	broker  *process
 	direct  target
@@ -71,41 +70,28 @@ type stack struct {
 	ops     string // URL of the broker's operations port
 }
 
-// startStack builds the program, unless there is one, and starts it twice.
-func startStack(ctx context.Context, c config, stderr io.Writer) (*stack, error) {
+// startStack starts the program twice, with its data in dir.
+func startStack(ctx context.Context, binary, dir string, stderr io.Writer) (*stack, error) {
 	s := &stack{}
-	if err := s.start(ctx, c, stderr); err != nil {
+	err := s.startBackend(ctx, binary, stderr)
+	if err == nil {
+		err = s.startBroker(ctx, binary, filepath.Join(dir, "data"), stderr)
+	}
+	if err != nil {
 		s.close()
 		return nil, err
 	}
 	return s, nil
 }
 
-func (s *stack) start(ctx context.Context, c config, stderr io.Writer) (err error) {
-	if s.dir, err = os.MkdirTemp("", "ownllm-bench-"); err != nil {
-		return err
-	}
-	s.binary = c.binary
-	if s.binary == "" {
-		s.binary = filepath.Join(s.dir, "ownllm")
-		if out, err := exec.CommandContext(ctx, "go", "build", "-buildvcs=auto", "-o", s.binary, "github.com/ownllm/ownllm").CombinedOutput(); err != nil {
-			return fmt.Errorf("build ownllm: %w\n%s", err, out)
-		}
-	}
-	if err := s.startBackend(ctx, stderr); err != nil {
-		return err
-	}
-	return s.startBroker(ctx, stderr)
-}
-
 // startBackend starts the demo backend, which says where it listens.
-func (s *stack) startBackend(ctx context.Context, stderr io.Writer) (err error) {
+func (s *stack) startBackend(ctx context.Context, binary string, stderr io.Writer) (err error) {
 	out, in, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer out.Close()
-	s.backend, err = start(ctx, in, stderr, s.binary, "demo", "--listen", "127.0.0.1:0")
+	s.backend, err = start(ctx, in, stderr, binary, "demo", "--listen", "127.0.0.1:0")
 	_ = in.Close()
 	if err != nil {
 		return err
@@ -123,9 +109,8 @@ func (s *stack) startBackend(ctx context.Context, stderr io.Writer) (err error) 
 }
 
 // startBroker starts `ownllm up` in front of the backend, and waits until it serves.
-func (s *stack) startBroker(ctx context.Context, stderr io.Writer) (err error) {
-	data := filepath.Join(s.dir, "data")
-	s.broker, err = start(ctx, nil, stderr, s.binary, "up", "--data-dir", data, "--backend", "http://"+s.direct.addr,
+func (s *stack) startBroker(ctx context.Context, binary, data string, stderr io.Writer) (err error) {
+	s.broker, err = start(ctx, nil, stderr, binary, "up", "--data-dir", data, "--backend", "http://"+s.direct.addr,
 		"--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--nats-listen", "127.0.0.1:0", "--log-level", "warn")
 	if err != nil {
 		return err
@@ -153,8 +138,51 @@ func (s *stack) startBroker(ctx context.Context, stderr io.Writer) (err error) {
 		}
 		addr := strings.TrimSuffix(strings.TrimPrefix(ready.BaseURL, "http://"), "/v1")
 		s.through, s.ops = target{addr: addr, key: ready.APIKey}, ready.OpsURL
-		return nil
+		return setLimits(ctx, ready)
 	}
+}
+
+const (
+	// price of 1,000 tokens, in micro-cents: a cent.
+	price = 1_000_000
+	// plenty is more of anything than is measured: requests a second, requests at once, cents.
+	plenty = 1_000_000
+)
+
+// setLimits gives every model a price and every key a budget, so that every request is
+// admitted and settled in full, and lifts all limits above what is measured.
+func setLimits(ctx context.Context, ready adminapi.Ready) error {
+	client, err := adminapi.NewClient(ready.AdminURL, secret.String(ready.AdminToken))
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	for _, model := range ready.Models {
+		if _, err := client.SetPrice(ctx, adminapi.SetPrice{Model: model, CentsPer1kTokens: new(adminapi.Cents(price))}); err != nil {
+			return fmt.Errorf("set the price of %s: %w", model, err)
+		}
+	}
+	tenants, err := client.Tenants(ctx)
+	if err != nil {
+		return fmt.Errorf("list the tenants: %w", err)
+	}
+	for _, t := range tenants {
+		if _, err := client.ChangeTenant(ctx, t.Slug, adminapi.ChangeTenant{QPS: new(plenty)}); err != nil {
+			return fmt.Errorf("lift the limit of tenant %s: %w", t.Slug, err)
+		}
+		keys, err := client.Keys(ctx, t.Slug, "")
+		if err != nil {
+			return fmt.Errorf("list the keys of tenant %s: %w", t.Slug, err)
+		}
+		for _, k := range keys {
+			if _, err := client.ChangeKey(ctx, k.ID, adminapi.ChangeKey{
+				BudgetCents: adminapi.Budget{Given: true, Cents: new(int64(plenty))}, Concurrency: new(plenty),
+			}); err != nil {
+				return fmt.Errorf("lift the limits of key %s: %w", k.ID, err)
+			}
+		}
+	}
+	return nil
 }
 
 // close ends everything.
@@ -164,7 +192,6 @@ func (s *stack) close() {
 			p.close()
 		}
 	}
-	_ = os.RemoveAll(s.dir)
 }
 
 // spent is the CPU time that was used so far.

@@ -36,18 +36,16 @@ type Report struct {
 	Load      string     `json:"load_average"` // of the last minute, at the start
 	Duration  string     `json:"duration"`
 	Tokens    int        `json:"tokens"`
-	Workloads []Measured `json:"workloads"`
+	Workloads []Measured `json:"workloads,omitempty"`
+	// Admissions is what the books can take.
+	Admissions *Admissions `json:"admissions,omitempty"`
 }
 
 func newReport(c config) *Report {
-	r := &Report{
+	return &Report{
 		Cores: runtime.NumCPU(), CPU: cpuModel(), Platform: runtime.GOOS + "/" + runtime.GOARCH, Go: runtime.Version(),
 		Load: loadAverage(), Duration: c.duration.String(), Tokens: tokens,
 	}
-	for _, w := range workloads {
-		r.Workloads = append(r.Workloads, Measured{workload: w})
-	}
-	return r
 }
 
 func cpuModel() string {
@@ -94,6 +92,11 @@ func (m *Measured) over(value func(Pair) float64) spread {
 	for i, p := range m.Rounds {
 		values[i] = value(p)
 	}
+	return spreadOf(values)
+}
+
+// spreadOf sorts values, of which there is at least one.
+func spreadOf(values []float64) spread {
 	slices.Sort(values)
 	mid := values[len(values)/2]
 	if len(values)%2 == 0 {
@@ -109,13 +112,22 @@ func (s spread) text(digits int) string {
 
 func (r *Report) writeText(w io.Writer) error {
 	out := bufio.NewWriter(w)
-	fmt.Fprintf(out, "OwnLLM, direct to the demo backend and through the broker\n\n")
+	fmt.Fprintf(out, "OwnLLM, what the broker costs; median (min..max) of all rounds\n\n")
 	fmt.Fprintf(out, "machine  %d cores, %s, %s, %s; load average %s at the start\n", r.Cores, r.CPU, r.Platform, r.Go, r.Load)
 	fmt.Fprintf(out, "commit   %s\n", r.Commit)
-	fmt.Fprintf(out, "run      %d rounds of %s, direct and broker in turns, %d tokens a reply; median (min..max)\n",
-		len(r.Workloads[0].Rounds), r.Duration, r.Tokens)
+	if len(r.Workloads) > 0 {
+		r.writeRequests(out)
+	}
+	if r.Admissions != nil {
+		r.Admissions.writeText(out)
+	}
+	return out.Flush()
+}
 
-	fmt.Fprintf(out, "\nRequests per second; the ratio is taken in each round\n\n")
+func (r *Report) writeRequests(out *bufio.Writer) {
+	fmt.Fprintf(out, "\nRequests per second, direct to the demo backend and through the broker, with a price, a budget and\n"+
+		"limits; %d rounds of %s, in turns, %d tokens a reply; the ratio is taken in each round\n\n",
+		len(r.Workloads[0].Rounds), r.Duration, r.Tokens)
 	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
 	fmt.Fprintln(table, "\tdirect\tbroker\tbroker/direct")
 	for i := range r.Workloads {
@@ -155,5 +167,4 @@ func (r *Report) writeText(w io.Writer) error {
 			cpu(func(p Pair) float64 { return p.Broker.CPUPostgres }), cpu(func(p Pair) float64 { return p.Broker.CPUClient }))
 	}
 	_ = table.Flush() // likewise
-	return out.Flush()
 }

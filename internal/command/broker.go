@@ -9,7 +9,9 @@ import (
 
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/orphan"
 	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/broker/registry"
 )
 
@@ -43,7 +45,7 @@ func (o QueueOptions) check(p *problems) {
 
 // Help shows examples.
 func (brokerCommand) Help() string {
-	return `Makes the queues and answers the workers. Run two, against the same NATS and Postgres.
+	return `Makes the queues, answers the workers, and settles what dead owners left behind. Run two, against the same NATS and Postgres.
 
 Examples:
 
@@ -81,28 +83,33 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer store.Close()
-	agents := presence.NewTable()
-	nc, reg, err := newRegistry(ctx, natsConfig, c.QueueOptions, store, agents, log)
+	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, presence.NewTable(), nil, log)
 	if err != nil {
 		return err
 	}
-	defer nc.Close()
+	defer office.nc.Close()
 	ops, err := listen("--ops-listen", c.OpsListen)
 	if err != nil {
 		return err
 	}
 	log.Info("broker is up", "operations", ops.Addr().String())
-	return runParts(ctx, opsPart(ops, tel, nil),
-		part{"presence", presence.NewFeed(nc, agents, log).Run},
-		part{"registry", reg.Run})
+	return runParts(ctx, append([]part{opsPart(ops, tel, nil)}, office.parts...)...)
 }
 
-// newRegistry provisions the queue and returns the registry that serves it.
-func newRegistry(ctx context.Context, natsConfig bus.Config, o QueueOptions, store *books.Store, agents *presence.Table, log *slog.Logger) (*nats.Conn, *registry.Registry, error) {
+// backOffice is what a broker does: it serves the workers, and settles what dead owners
+// have left behind.
+type backOffice struct {
+	nc    *nats.Conn
+	parts []part
+}
+
+// newBackOffice provisions the queue. The feed is that of the table of agents; nil makes
+// one.
+func newBackOffice(ctx context.Context, natsConfig bus.Config, o QueueOptions, store *books.Store, agents *presence.Table, feed *presence.Feed, log *slog.Logger) (*backOffice, error) {
 	natsConfig.Name = "ownllm-broker"
 	nc, err := bus.Connect(natsConfig, log)
 	if err != nil {
-		return nil, nil, unreachableError{err}
+		return nil, unreachableError{err}
 	}
 	queue, err := bus.NewQueue(nc)
 	if err == nil {
@@ -110,7 +117,16 @@ func newRegistry(ctx context.Context, natsConfig bus.Config, o QueueOptions, sto
 	}
 	if err != nil {
 		nc.Close()
-		return nil, nil, err
+		return nil, err
 	}
-	return nc, registry.New(nc, queue, store, agents, log), nil
+	b := &backOffice{nc: nc}
+	if feed == nil {
+		feed = presence.NewFeed(nc, agents, log)
+		b.parts = append(b.parts, part{"presence", feed.Run})
+	}
+	b.parts = append(b.parts,
+		part{"registry", registry.New(nc, queue, store, agents, log).Run},
+		part{"sweeper", quota.NewSweeper(store, 0, log).Run},
+		part{"orphans", orphan.New(queue, store, agents, feed, log).Run})
+	return b, nil
 }

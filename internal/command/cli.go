@@ -12,10 +12,12 @@ type cli struct {
 
 	Status  statusCommand  `cmd:"" group:"look" help:"Show whether the edge, its agents and their models are up."`
 	Agents  agentsCommand  `cmd:"" group:"look" help:"List the GPU machines."`
-	Models  modelsCommand  `cmd:"" group:"look" help:"List the models that the agents have."`
-	Tenants tenantsCommand `cmd:"" group:"admin" help:"Create, list, suspend and resume tenants."`
+	Models  modelsCommand  `cmd:"" group:"look" help:"List the models that the agents have, and set their prices."`
+	Usage   usageCommand   `cmd:"" group:"look" help:"Show what was used, and what it costs."`
+	Tenants tenantsCommand `cmd:"" group:"admin" help:"Create, list, change, suspend and resume tenants."`
 	Users   usersCommand   `cmd:"" group:"admin" help:"Create, list, deactivate and activate users."`
-	Keys    keysCommand    `cmd:"" group:"admin" help:"Create, list and revoke API keys."`
+	Keys    keysCommand    `cmd:"" group:"admin" help:"Create, list, change, rotate and revoke API keys."`
+	Audit   auditCommand   `cmd:"" group:"admin" help:"List who has changed what."`
 	Version versionCommand `cmd:"" help:"Show the version of this program."`
 }
 

@@ -100,11 +100,11 @@ func (a *admin) asked() []string {
 var (
 	at      = time.Date(2026, 11, 22, 18, 4, 5, 0, time.UTC)
 	later   = time.Date(2026, 11, 23, 18, 4, 5, 0, time.UTC)
-	aTenant = adminapi.Tenant{ID: "ten_1", Slug: "acme", State: adminapi.TenantActive, CreatedAt: at}
+	aTenant = adminapi.Tenant{ID: "ten_1", Slug: "acme", Name: "Acme Inc.", State: adminapi.TenantActive, QPS: 32, CreatedAt: at}
 	aUser   = adminapi.User{ID: usrID, Tenant: "ten_1", TenantSlug: "acme", Email: "ada@example.com", State: adminapi.UserActive, CreatedAt: at}
 	aKey    = adminapi.Key{
 		ID: keyID, Tenant: "ten_1", TenantSlug: "acme", User: usrID, Email: "ada@example.com", Name: "laptop",
-		Prefix: "sk-ownllm-ca", Scopes: []string{"model:*"}, State: adminapi.KeyActive, CreatedAt: at, ExpiresAt: &later,
+		Prefix: "sk-ownllm-ca", Scopes: []string{"model:*"}, BudgetCents: new(int64(500)), Concurrency: 32, State: adminapi.KeyActive, CreatedAt: at, ExpiresAt: &later,
 	}
 	lastSeen = time.Now().Add(-150 * time.Minute)
 	anAgent  = adminapi.Agent{
@@ -118,7 +118,14 @@ var (
 	aModel = adminapi.Model{
 		ID: "llama-3.3-70b", Tenant: "ten_1", State: schemas.ModelReady, ContextWindow: 131072, SizeMB: 40000,
 		Capabilities: schemas.Capabilities{Completion: true, Tools: true}, Agents: []schemas.AgentID{"agt_1", "agt_2"},
+		CentsPer1kTokens: new(adminapi.Cents(250_000)),
 	}
+	aPrice = adminapi.Price{Model: "llama-3.3-70b", CentsPer1kTokens: 250_000, UpdatedAt: at}
+	usage  = []adminapi.Usage{
+		{Tenant: "ten_1", TenantSlug: "acme", Key: keyID, KeyName: "laptop", KeyPrefix: "sk-ownllm-ab12", Model: "llama-3.3-70b", Requests: 1200, PromptTokens: 50_000, CompletionTokens: 7, CostCents: 12_501_750},
+		{Tenant: "ten_1", TenantSlug: "acme", Key: "key_2", KeyName: "=1+1", Model: "demo", Requests: 1, CostCents: 0},
+	}
+	anEntry = adminapi.AuditEntry{ID: 7, At: at, Actor: "admin", Request: "req_1", Address: "203.0.113.7", Action: "tenant.set", Kind: "tenant", Object: "ten_1", Tenant: "ten_1", TenantSlug: "acme", Detail: []byte(`{"qps":{"old":32,"new":5}}`)}
 	aStatus = adminapi.Status{Version: "v1.2.3", Ready: true, Postgres: "ok", NATS: "ok", Agents: []adminapi.Agent{anAgent}}
 )
 
@@ -126,6 +133,12 @@ func page[T any](data ...T) adminapi.List[T] { return adminapi.List[T]{Data: dat
 
 func TestCommands(t *testing.T) {
 	const created = "2026-11-22 18:04:05 UTC"
+	const tenantTable = "SLUG  ID     NAME       STATE   QPS  CREATED\nacme  ten_1  Acme Inc.  active  32   " + created + "\n"
+	const keyTable = "KEY            ID                              NAME    TENANT  USER             STATE   SCOPES   CENTS/MONTH  CONCURRENCY  EXPIRES\n" +
+		"sk-ownllm-ca…  " + keyID + "  laptop  acme    ada@example.com  active  model:*  500          32           2026-11-23 18:04:05 UTC\n"
+	const keyShown = "key        " + testSecret + "\nid         " + keyID + "\nname       laptop\ntenant     acme\nuser       ada@example.com\n" +
+		"scopes     model:*\nbudget     500 cents a month\nin flight  32 requests at most\nexpires    2026-11-23 18:04:05 UTC\n\nStore the key now: it can't be shown again.\n"
+	const priceTable = "MODEL          FOR           CENTS/1K TOKENS  SET\nllama-3.3-70b  every tenant  0.25             " + created + "\n"
 	for name, tc := range map[string]struct {
 		args  []string
 		reply any
@@ -135,19 +148,26 @@ func TestCommands(t *testing.T) {
 		"tenants create": {
 			[]string{"tenants", "create", "--slug", "acme"}, aTenant,
 			`POST /api/v1/tenants {"slug":"acme"}`,
-			"SLUG  ID     STATE   CREATED\nacme  ten_1  active  " + created + "\n",
+			tenantTable,
+		},
+		"tenants create in full": {
+			[]string{"tenants", "create", "--slug", "acme", "--name", "Acme Inc.", "--qps", "32"}, aTenant,
+			`POST /api/v1/tenants {"slug":"acme","name":"Acme Inc.","qps":32}`, tenantTable,
+		},
+		"tenants set": {
+			[]string{"tenants", "set", "acme", "--name=", "--qps", "5"}, aTenant, `PATCH /api/v1/tenants/acme {"name":"","qps":5}`, tenantTable,
 		},
 		"tenants list": {
 			[]string{"tenants", "list"}, page(aTenant), "GET /api/v1/tenants?limit=500",
-			"SLUG  ID     STATE   CREATED\nacme  ten_1  active  " + created + "\n",
+			tenantTable,
 		},
 		"tenants suspend": {
 			[]string{"tenants", "suspend", "acme"}, aTenant, "POST /api/v1/tenants/acme/suspend",
-			"SLUG  ID     STATE   CREATED\nacme  ten_1  active  " + created + "\n",
+			tenantTable,
 		},
 		"tenants resume": {
 			[]string{"tenants", "resume", "a/b"}, aTenant, "POST /api/v1/tenants/a%2Fb/resume",
-			"SLUG  ID     STATE   CREATED\nacme  ten_1  active  " + created + "\n",
+			tenantTable,
 		},
 		"users create": {
 			[]string{"users", "create", "--tenant", "acme", "--email", "ada@example.com"}, aUser,
@@ -170,18 +190,57 @@ func TestCommands(t *testing.T) {
 			[]string{"keys", "create", "--tenant", "acme", "--user", "ada@example.com", "--name", "laptop", "--scope", "model:a", "--scope", "model:b:7b", "--ttl", "24h"},
 			adminapi.CreatedKey{Key: aKey, Secret: testSecret},
 			`POST /api/v1/keys {"tenant":"acme","user":"ada@example.com","name":"laptop","scopes":["model:a","model:b:7b"],"ttl_seconds":86400}`,
-			"key      " + testSecret + "\nid       " + keyID + "\nname     laptop\ntenant   acme\nuser     ada@example.com\n" +
-				"scopes   model:*\nexpires  2026-11-23 18:04:05 UTC\n\nStore the key now: it can't be shown again.\n",
+			keyShown,
+		},
+		"keys create with limits": {
+			[]string{"keys", "create", "--tenant", "acme", "--user", "ada@example.com", "--budget-cents", "500", "--concurrency", "32", "--ttl", "1d12h"},
+			adminapi.CreatedKey{Key: aKey, Secret: testSecret},
+			`POST /api/v1/keys {"tenant":"acme","user":"ada@example.com","budget_cents":500,"concurrency":32,"ttl_seconds":129600}`, keyShown,
+		},
+		"keys create with no budget": {
+			[]string{"keys", "create", "--tenant", "acme", "--user", "ada@example.com", "--budget-cents", "none"},
+			adminapi.CreatedKey{Key: aKey, Secret: testSecret}, `POST /api/v1/keys {"tenant":"acme","user":"ada@example.com"}`, keyShown,
+		},
+		"keys set": {
+			[]string{"keys", "set", keyID, "--budget-cents", "0", "--concurrency", "1", "--scope", "model:a", "--scope", "model:b", "--name", "x"}, aKey,
+			`PATCH /api/v1/keys/` + keyID + ` {"name":"x","scopes":["model:a","model:b"],"budget_cents":0,"concurrency":1}`, keyTable,
+		},
+		"keys set no budget": {
+			[]string{"keys", "set", keyID, "--budget-cents", "none"}, aKey, `PATCH /api/v1/keys/` + keyID + ` {"budget_cents":null}`, keyTable,
+		},
+		"keys rotate": {
+			[]string{"keys", "rotate", keyID}, adminapi.CreatedKey{Key: aKey, Secret: testSecret}, `POST /api/v1/keys/` + keyID + `/rotate {}`,
+			keyShown + "The old one has stopped working.\n",
+		},
+		"keys rotate with overlap": {
+			[]string{"keys", "rotate", keyID, "--overlap", "90m"}, adminapi.CreatedKey{Key: aKey, Secret: testSecret},
+			`POST /api/v1/keys/` + keyID + `/rotate {"overlap_seconds":5400}`, keyShown + "The old one works for another 1h30m.\n",
+		},
+		"models price": {
+			[]string{"models", "price", "llama-3.3-70b", "--cents-per-1k-tokens", "0.25"}, aPrice,
+			`PUT /api/v1/prices {"model":"llama-3.3-70b","cents_per_1k_tokens":0.25}`, priceTable,
+		},
+		"models price of a tenant": {
+			[]string{"models", "price", "a/b:c", "--cents-per-1k-tokens", "0.1234560", "--tenant", "acme"}, aPrice,
+			`PUT /api/v1/prices {"model":"a/b:c","tenant":"acme","cents_per_1k_tokens":0.123456}`, priceTable,
+		},
+		"models prices": {
+			[]string{"models", "prices", "--tenant", "acme"}, page(adminapi.Price{Model: "m", Tenant: "ten_1", TenantSlug: "acme", UpdatedAt: at}),
+			"GET /api/v1/prices?limit=500&tenant=acme",
+			"MODEL  FOR   CENTS/1K TOKENS  SET\nm      acme  free             " + created + "\n",
+		},
+		"audit": {
+			[]string{"audit", "--tenant", "acme"}, page(anEntry), "GET /api/v1/audit?limit=500&tenant=acme",
+			"AT                       BY     FROM         ACTION      TENANT  OBJECT  DETAIL\n" +
+				created + "  admin  203.0.113.7  tenant.set  acme    ten_1   {\"qps\":{\"old\":32,\"new\":5}}\n",
 		},
 		"keys list": {
 			[]string{"keys", "list", "--tenant", "acme", "--user", usrID}, page(aKey), "GET /api/v1/keys?limit=500&tenant=acme&user=" + usrID,
-			"KEY            ID                              NAME    TENANT  USER             STATE   SCOPES   EXPIRES\n" +
-				"sk-ownllm-ca…  " + keyID + "  laptop  acme    ada@example.com  active  model:*  2026-11-23 18:04:05 UTC\n",
+			keyTable,
 		},
 		"keys revoke": {
 			[]string{"keys", "revoke", keyID}, aKey, "POST /api/v1/keys/" + keyID + "/revoke",
-			"KEY            ID                              NAME    TENANT  USER             STATE   SCOPES   EXPIRES\n" +
-				"sk-ownllm-ca…  " + keyID + "  laptop  acme    ada@example.com  active  model:*  2026-11-23 18:04:05 UTC\n",
+			keyTable,
 		},
 		"agents list": {
 			[]string{"agents", "list", "--tenant", "acme"}, page(anAgent, adminapi.Agent{ID: "agt_2", Tenant: "ten_1", State: "offline"}),
@@ -192,8 +251,8 @@ func TestCommands(t *testing.T) {
 		},
 		"models list": {
 			[]string{"models", "list"}, page(aModel), "GET /api/v1/models?limit=500",
-			"MODEL          TENANT  STATE  AGENTS  CONTEXT  SIZE MB  CAPABILITIES\n" +
-				"llama-3.3-70b  ten_1   ready  2       131072   40000    completion,tools\n",
+			"MODEL          TENANT  STATE  AGENTS  CONTEXT  SIZE MB  CENTS/1K TOKENS  CAPABILITIES\n" +
+				"llama-3.3-70b  ten_1   ready  2       131072   40000    0.25             completion,tools\n",
 		},
 		"status": {
 			[]string{"status"}, aStatus, "GET /api/v1/status",
@@ -261,10 +320,25 @@ func TestExitCodes(t *testing.T) {
 		"nothing":            {nil, "", ExitUsage, []string{"Usage: ownllm <command>"}},
 		"unknown command":    {nil, "frobnicate", ExitUsage, []string{"unexpected argument frobnicate", `"ownllm --help"`}},
 		"unknown flag":       {nil, "tenants list --frob", ExitUsage, []string{"--frob", `"ownllm tenants list --help"`}},
-		"half a command":     {nil, "keys", ExitUsage, []string{`"create", "list", "revoke"`}},
+		"half a command":     {nil, "keys", ExitUsage, []string{`"create", "list", "set", "rotate", "revoke"`}},
 		"flag missing":       {nil, "users create", ExitUsage, []string{"--email", "--tenant"}},
 		"argument missing":   {nil, "keys revoke", ExitUsage, []string{"<id>"}},
 		"all problems":       {nil, "keys create --tenant a --user u --ttl 1ms --scope all", ExitUsage, []string{"--ttl: 1ms", `--scope: "all"`}},
+		"bad lifetime":       {nil, "keys create --tenant a --user u --ttl soon", ExitUsage, []string{"--ttl", `"soon"`, "24h or 7d"}},
+		"negative budget":    {nil, "keys create --tenant a --user u --budget-cents=-1", ExitUsage, []string{"--budget-cents", `"-1"`}},
+		"budget too large":   {nil, "keys set " + keyID + " --budget-cents 99999999999999999999", ExitUsage, []string{"--budget-cents", "whole number of cents"}},
+		"no change of key":   {nil, "keys set " + keyID, ExitUsage, []string{"nothing to change", "--budget-cents"}},
+		"no change":          {nil, "tenants set acme", ExitUsage, []string{"nothing to change", "--qps"}},
+		"bad scope":          {nil, "keys set " + keyID + " --scope x", ExitUsage, []string{`--scope: "x"`}},
+		"key for its id":     {nil, "keys rotate " + testSecret, ExitUsage, []string{"that is the key itself"}},
+		"key in usage":       {nil, "usage --key " + testSecret, ExitUsage, []string{"that is the key itself"}},
+		"no price":           {nil, "models price m", ExitUsage, []string{"--cents-per-1k-tokens"}},
+		"bad price":          {nil, "models price m --cents-per-1k-tokens 0.1234567", ExitUsage, []string{`"0.1234567"`, "6 decimals"}},
+		"negative price":     {nil, "models price m --cents-per-1k-tokens=-1", ExitUsage, []string{`"-1"`, "negative"}},
+		"bad time":           {nil, "usage --since yesterday", ExitUsage, []string{"--since", `"yesterday"`, "2026-11-01"}},
+		"times in disorder":  {nil, "usage --since 1h --until 2d", ExitUsage, []string{"--until", "before --since"}},
+		"bad dimension":      {nil, "usage --by model,hour,model", ExitUsage, []string{`"hour"`, "tenant, user, key, model, day", "model comes twice"}},
+		"two forms":          {nil, "usage --csv --json", ExitUsage, []string{"exclude"}},
 		"bad duration":       {nil, "status --interval soon", ExitUsage, []string{"--interval"}},
 		"bad environment":    {map[string]string{"OWNLLM_INTERVAL": "soon"}, "status", ExitUsage, []string{"--interval"}},
 		"no time":            {nil, "status --interval 0s", ExitUsage, []string{"--interval: 0s"}},
@@ -477,7 +551,7 @@ func TestHelp(t *testing.T) {
 					t.Errorf("--%s has no text or no variable", f.Name)
 				}
 				for _, word := range secrets {
-					if strings.HasSuffix(f.Name, word) && f.PlaceHolder != "FILE" {
+					if strings.HasSuffix(f.Name, word) && f.PlaceHolder != "FILE" && f.PlaceHolder != "ID" {
 						t.Errorf("--%s takes a secret", f.Name)
 					}
 				}
@@ -488,7 +562,7 @@ func TestHelp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if seen < 18 {
+	if seen < 27 {
 		t.Errorf("only %d commands", seen)
 	}
 	if got := run(t, nil, "--help"); got.code != ExitOK || !strings.Contains(got.stdout, "Administer:") {

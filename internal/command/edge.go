@@ -2,6 +2,8 @@ package command
 
 import (
 	"context"
+
+	"github.com/ownllm/ownllm/broker/books"
 )
 
 // edgeCommand is `ownllm edge`.
@@ -16,13 +18,18 @@ type edgeCommand struct {
 	LogOptions
 }
 
-// LimitOptions bound what one address may get wrong.
+// LimitOptions bound what one address may get wrong, and what a request gets that states
+// no limit itself.
 type LimitOptions struct {
+	OpenTokens   int64   `default:"1024" placeholder:"N" help:"Tokens that are reserved at first for a reply whose client gave no limit; more are asked for as it goes on. Default: 1024."`
 	FailureRate  float64 `default:"20" placeholder:"N" help:"Bad requests that one address may make each second. Default: 20."`
 	FailureBurst int     `default:"200" placeholder:"N" help:"Bad requests that one address may make at once. Default: 200."`
 }
 
 func (o LimitOptions) check(p *problems) {
+	if o.OpenTokens < 1 || o.OpenTokens > books.MaxTokens {
+		p.add("--open-tokens: %d isn't from 1 to %d", o.OpenTokens, int64(books.MaxTokens))
+	}
 	if o.FailureRate <= 0 {
 		p.add("--failure-rate: %g isn't more than 0", o.FailureRate)
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/keyring"
 	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/edge"
 	"github.com/ownllm/ownllm/internal/secret"
 	"github.com/ownllm/ownllm/schemas"
@@ -21,6 +22,7 @@ type front struct {
 	tokens, bulk *nats.Conn
 	agents       *presence.Table
 	feed         *presence.Feed
+	gate         *quota.Gate
 	dispatcher   *dispatch.Dispatcher
 	keys         *keyring.Keyring
 	edge         *edge.Edge
@@ -58,8 +60,9 @@ func (f *front) assemble(ctx context.Context, store *books.Store, tel *tele, o f
 	cfg := dispatch.DefaultConfig()
 	cfg.ColdWait, cfg.FirstToken = o.deadlines.ColdWait, o.deadlines.FirstTokenTimeout
 	cfg.Idle, cfg.Total = o.deadlines.IdleTimeout, o.deadlines.TotalTimeout
+	f.gate = quota.New(store, quota.Config{OpenTokens: o.limits.OpenTokens}, log)
 	f.dispatcher, err = dispatch.New(dispatch.Parts{
-		Tokens: f.tokens, Bulk: f.bulk, Agents: f.agents, Feed: f.feed,
+		Tokens: f.tokens, Bulk: f.bulk, Agents: f.agents, Feed: f.feed, Gate: f.gate,
 		Metrics: tel.metrics, Tracer: tel.tracer, Log: log,
 	}, cfg)
 	if err != nil {
@@ -72,7 +75,7 @@ func (f *front) assemble(ctx context.Context, store *books.Store, tel *tele, o f
 		FailureRate: o.limits.FailureRate, FailureBurst: o.limits.FailureBurst,
 		AdminToken: o.adminToken.Reveal(), Drain: o.deadlines.DrainTimeout, Version: Version(),
 	}, edge.Parts{
-		Keys: f.keys, Agents: f.agents, Feed: f.feed, Dispatcher: f.dispatcher, Books: store, Queue: queue,
+		Keys: f.keys, Agents: f.agents, Feed: f.feed, Dispatcher: f.dispatcher, Gate: f.gate, Books: store, Queue: queue,
 		Metrics: tel.metrics, Tracer: tel.tracer, Log: log,
 	})
 	return nil
@@ -82,6 +85,7 @@ func (f *front) assemble(ctx context.Context, store *books.Store, tel *tele, o f
 func (f *front) parts() []part {
 	return []part{
 		{"keyring", f.keys.Run},
+		{"gate", f.gate.Run},
 		{"dispatcher", f.dispatcher.Run},
 		{"presence", f.feed.Run},
 	}

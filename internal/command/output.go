@@ -8,6 +8,7 @@ import (
 	"text/tabwriter"
 	"time"
 	"unicode"
+	"unicode/utf8"
 )
 
 // Output is embedded by every command that prints a result.
@@ -39,6 +40,36 @@ func table(w io.Writer, heading []string, rows [][]string) error {
 		fmt.Fprintln(out, strings.Join(cells, "\t"))
 	}
 	return out.Flush()
+}
+
+// grid writes rows under a heading, the first columns to the left and the others, which
+// are numbers, to the right, and a last line with their totals.
+func grid(w io.Writer, left int, heading []string, rows [][]string, total []string) error {
+	lines := append(append([][]string{heading}, rows...), total)
+	widths := make([]int, len(heading))
+	for i, line := range lines {
+		for j, cell := range line {
+			if cell = clean(cell, false); cell == "" && i != len(lines)-1 {
+				cell = "-"
+			}
+			line[j], widths[j] = cell, max(widths[j], utf8.RuneCountInString(cell))
+		}
+	}
+	for _, line := range lines {
+		var out strings.Builder
+		for j, cell := range line {
+			pad := strings.Repeat(" ", widths[j]-utf8.RuneCountInString(cell))
+			if j < left {
+				out.WriteString(cell + pad + "  ")
+			} else {
+				out.WriteString(pad + cell + "  ")
+			}
+		}
+		if _, err := fmt.Fprintln(w, strings.TrimRight(out.String(), " ")); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // clean takes control characters out of a text that comes from elsewhere, so that

@@ -128,11 +128,11 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 		return err
 	}
 	defer front.close()
-	nc, reg, err := newRegistry(ctx, natsConfig, c.QueueOptions, store, front.agents, log)
+	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, front.agents, front.feed, log)
 	if err != nil {
 		return err
 	}
-	defer nc.Close()
+	defer office.nc.Close()
 	agent, err := agentID(dir)
 	if err != nil {
 		return err
@@ -163,7 +163,7 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 		OpsURL: "http://" + reachable(ops.Addr()), NATSURL: nats.URL(), DatabaseURL: databaseURL,
 	}
 	parts = append(parts, demoParts...)
-	parts = append(parts, part{"registry", reg.Run})
+	parts = append(parts, office.parts...)
 	parts = append(parts, front.parts()...)
 	parts = append(parts,
 		part{"worker", w.Run},

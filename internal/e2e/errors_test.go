@@ -134,7 +134,7 @@ func (r *refusals) makeKeys() {
 	_, err = r.Books.SetUserState(ctx, user.ID, books.UserDeactivated)
 	must(err)
 	for slug, state := range map[string]books.TenantState{"held": books.TenantSuspended, "bare": books.TenantActive} {
-		_, err := r.Books.CreateTenant(ctx, books.NewTenant{Slug: slug})
+		_, err := r.Books.CreateTenant(ctx, books.NewTenant{Slug: slug, QPS: new(1_000_000)})
 		must(err)
 		user, err := r.Books.CreateUser(ctx, books.NewUser{Tenant: slug, Email: "a@example.com"})
 		must(err)

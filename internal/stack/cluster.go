@@ -43,9 +43,7 @@ func StartCluster(t testing.TB, brokerArgs ...string) *Cluster {
 	}
 	t.Cleanup(c.Books.Close)
 	c.Key = apikey.New()
-	if c.Tenant, c.User, _, err = c.Books.EnsureFirst(t.Context(), c.Key); err != nil {
-		t.Fatal(err)
-	}
+	c.Tenant, c.User, _ = lift(t, c.Books, c.Key)
 	c.StartNATS()
 	c.StartBroker(brokerArgs...)
 	return c

@@ -21,6 +21,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ownllm/ownllm/broker/apikey"
+	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/internal/adminapi"
 	"github.com/ownllm/ownllm/worker/demo"
 )
@@ -241,7 +243,35 @@ func StartUp(t testing.TB, dir string, args ...string) *Up {
 		u.Ready = r
 		return err == nil && r.PID == p.PID()
 	})
+	store, err := books.Open(t.Context(), books.Config{URL: u.DatabaseURL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	key, err := apikey.FromSecret(u.APIKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lift(t, store, key)
 	return u
+}
+
+// lift gives the first tenant and its key limits that no test comes near, since most
+// tests aren't about limits, and returns them.
+func lift(t testing.TB, store *books.Store, secret apikey.Key) (books.Tenant, books.User, books.Key) {
+	t.Helper()
+	const plenty = 1_000_000
+	tenant, user, key, err := store.EnsureFirst(t.Context(), secret)
+	if err == nil {
+		tenant, err = store.SetTenant(t.Context(), string(tenant.ID), books.TenantChange{QPS: new(plenty)})
+	}
+	if err == nil && key.RevokedAt == nil {
+		key, err = store.SetKey(t.Context(), key.ID, books.KeyChange{Concurrency: new(plenty)})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tenant, user, key
 }
 
 // Backend is a demo backend in the test's own process, so that the test can set its

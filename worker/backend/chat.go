@@ -45,6 +45,12 @@ type Call struct {
 	// PromptTokens is the exact size of the prompt if it was counted; it stands in for
 	// the usage of a server that tells none.
 	PromptTokens int
+	// MaxTokens is how many tokens the server is allowed, all choices together, on top of
+	// what the client says; 0 stands for no bound.
+	MaxTokens int64
+	// Allowed, if it isn't nil, says how many tokens of a stream may go to the client now,
+	// all choices together.
+	Allowed func() int64
 }
 
 // Chat sends the call to the server and returns once it answers: at once or when the
@@ -57,10 +63,23 @@ func (b *Backend) Chat(ctx context.Context, c *Call) (*Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	body, err := b.kind.requestBody(c, id)
+	body, bounded, err := b.kind.requestBody(c, id, c.MaxTokens)
 	if err != nil {
 		return nil, err
 	}
+	reply, err := b.chat(ctx, c, body)
+	if !bounded || !errors.Is(err, &schemas.Error{Code: schemas.CodeContextLengthExceeded}) {
+		return reply, err
+	}
+	// vLLM refuses to be allowed more tokens than the window has left beside the prompt.
+	// If that is why, the window is the narrower bound, and ours isn't needed.
+	if body, _, err = b.kind.requestBody(c, id, 0); err != nil {
+		return nil, err
+	}
+	return b.chat(ctx, c, body)
+}
+
+func (b *Backend) chat(ctx context.Context, c *Call, body []byte) (*Reply, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	req, err := b.newRequest(ctx, http.MethodPost, "/v1/chat/completions", body)
 	if err != nil {
@@ -85,6 +104,8 @@ func (b *Backend) Chat(ctx context.Context, c *Call) (*Reply, error) {
 	r := &Reply{kind: b.kind, call: c, cancel: cancel, body: resp.Body}
 	r.cause = func() error { return context.Cause(ctx) }
 	r.rewriter.reset(b.kind, c)
+	r.bounded = c.Stream && c.Allowed != nil
+	r.rewriter.hideTimings = r.bounded && b.kind == LlamaCPP && !gjson.GetBytes(c.Body, perToken).Exists()
 	if c.Stream {
 		r.events.r = readers.Get().(*bufio.Reader)
 		r.events.r.Reset(resp.Body)
@@ -131,7 +152,16 @@ type Reply struct {
 	rewriter rewriter
 	whole    bool  // the reply came to its end
 	err      error // what Next returns from now on
+	bounded  bool  // the call says how many tokens are allowed
+	// holding says that held is a chunk that isn't allowed yet; passed is the number of
+	// tokens before it.
+	holding bool
+	held    []byte
+	passed  int
 }
+
+// ErrHeld says that the next chunk has more tokens than are allowed.
+var ErrHeld = errors.New("the reply has as many tokens as are allowed")
 
 // Next appends the next chunks of a stream to dst, each one a line of JSON with its
 // newline: it waits for one, and adds those that are already there.
@@ -139,8 +169,19 @@ type Reply struct {
 // It returns io.EOF at the end of a whole reply, a *schemas.Error when the server
 // failed, and what wraps the cause of the context when that ended. As with io.Reader,
 // the last chunks may come together with the error, so look at dst first.
+//
+// ErrHeld ends nothing: the same chunk is due again when more is allowed, unless the
+// reply is Cut. Until then nothing is read from the server.
 func (r *Reply) Next(dst []byte) ([]byte, error) {
 	start := len(dst)
+	if r.holding {
+		if !r.allowed() {
+			return dst, ErrHeld
+		}
+		r.holding = false
+		dst = append(dst, r.held...)
+		r.rewriter.passAll()
+	}
 	for r.err == nil {
 		if len(dst)-start > maxBatch {
 			return dst, nil
@@ -158,12 +199,42 @@ func (r *Reply) Next(dst []byte) ([]byte, error) {
 		case string(bytes.TrimSpace(data)) == "[DONE]":
 			dst = r.finish(dst)
 		case len(data) > 0:
-			if dst, err = r.rewriter.chunk(dst, data); err != nil {
+			at := len(dst)
+			if r.bounded {
+				r.passed = r.rewriter.tokens()
+			}
+			dst, err = r.rewriter.chunk(dst, data)
+			switch {
+			case err != nil:
 				r.fail(err)
+			case !r.bounded:
+			case r.rewriter.said && !r.allowed():
+				r.holding, r.held = true, append(r.held[:0], dst[at:]...)
+				return dst[:at], ErrHeld
+			default:
+				r.rewriter.passAll()
 			}
 		}
 	}
 	return dst, r.err
+}
+
+// allowed reports whether all that has come from the server may go to the client.
+func (r *Reply) allowed() bool { return int64(r.rewriter.tokens()) <= r.call.Allowed() }
+
+// Wanted is how many tokens have to be allowed for Next to go on.
+func (r *Reply) Wanted() int { return r.rewriter.tokens() }
+
+// Cut ends a stream that isn't allowed more tokens: it appends, for each choice that
+// hasn't come to its end, a chunk with the finish_reason "length", and the usage if the
+// client asked for it. Close then makes the server stop.
+func (r *Reply) Cut(dst []byte) []byte {
+	r.err = errDone
+	n := 1
+	if r.kind != Ollama { // which makes one whatever is asked for
+		n = max(n, int(gjson.GetBytes(r.call.Body, "n").Int()))
+	}
+	return r.rewriter.cut(dst, min(n, maxChoices), r.call.PromptTokens, r.Tokens())
 }
 
 // finish ends a stream: whole if every choice was finished, else with an error.
@@ -219,19 +290,24 @@ func (r *Reply) Body() ([]byte, error) {
 // errDone is what a second call of Body returns.
 var errDone = errors.New("reply was read already")
 
-// Tokens is the number of output tokens so far: the server's own figure where it
-// tells one while it goes, else one for each chunk that carries text, reasoning or a
-// piece of a tool call.
-func (r *Reply) Tokens() int { return r.rewriter.tokens() }
+// Tokens is the number of output tokens so far, without a chunk that isn't allowed: the
+// server's own figure where it tells one while it goes, else one for each chunk that
+// carries text, reasoning or a piece of a tool call.
+func (r *Reply) Tokens() int {
+	if r.holding {
+		return r.passed
+	}
+	return r.rewriter.tokens()
+}
 
-// Usage is what the reply burnt, final once Next has returned io.EOF or Body its
-// reply. The prompt is 0 if neither the server nor the Call told its size.
+// Usage is what the reply burnt, final once Next has returned io.EOF, Body its reply, or
+// the reply was Cut. The prompt is 0 if neither the server nor the Call told its size.
 func (r *Reply) Usage() schemas.Usage {
 	prompt := r.call.PromptTokens
 	if r.rewriter.prompt >= 0 {
 		prompt = r.rewriter.prompt
 	}
-	return schemas.Usage{PromptTokens: prompt, CompletionTokens: r.rewriter.tokens()}
+	return schemas.Usage{PromptTokens: prompt, CompletionTokens: r.Tokens()}
 }
 
 // Close ends the reply. A server that is still generating is cut off, which makes it

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/tidwall/gjson"
 )
@@ -17,6 +18,8 @@ const (
 	// leastWindow is the window that Ollama gives a model if nothing says otherwise and
 	// the GPU is small.
 	leastWindow = 4096
+	// countWait bounds the wait for a count.
+	countWait = 5 * time.Second
 )
 
 // CountPrompt returns how many tokens the prompt of a request has, exactly, by the
@@ -33,7 +36,7 @@ func (b *Backend) CountPrompt(ctx context.Context, model string, body []byte) (i
 	}
 	var n int
 	switch b.kind {
-	case VLLM:
+	case VLLM, Demo:
 		n, err = b.vllmCount(ctx, id, body)
 	case LlamaCPP:
 		if body, err = withModel(body, id); err == nil {
@@ -49,9 +52,9 @@ func (b *Backend) CountPrompt(ctx context.Context, model string, body []byte) (i
 }
 
 // CheckContext finds out before a run whether the prompt fits the model's context
-// window, and returns the size of the prompt in tokens where it had to be counted,
-// else 0. A prompt of so few bytes that it fits in any case isn't counted: no
-// tokenizer makes two tokens of one byte.
+// window, and returns the size of the prompt in tokens where it was counted, else 0. A
+// prompt of so few bytes that it fits in any case isn't counted, unless it is to be
+// counted whatever it costs: no tokenizer makes two tokens of one byte.
 //
 // It matters for Ollama, which cuts a prompt that is too long without a word. It has
 // no tokenizer to ask, so it is given the prompt to read, and told not to cut it. The
@@ -60,7 +63,7 @@ func (b *Backend) CountPrompt(ctx context.Context, model string, body []byte) (i
 //
 // The error is context_length_exceeded, or, when the context ended, wraps its cause.
 // A count that fails is no error: the run will show.
-func (b *Backend) CheckContext(ctx context.Context, model string, body []byte) (int, error) {
+func (b *Backend) CheckContext(ctx context.Context, model string, body []byte, exactly bool) (int, error) {
 	id, err := b.resolve(model)
 	if err != nil {
 		return 0, err
@@ -69,19 +72,22 @@ func (b *Backend) CheckContext(ctx context.Context, model string, body []byte) (
 	if window == 0 && b.kind == Ollama {
 		window = leastWindow
 	}
-	if window == 0 || hasMedia(body) || mostTokens(body) < window {
+	fits := window == 0 || hasMedia(body) || mostTokens(body) < window
+	switch {
+	case !fits && b.kind == Ollama:
+		return 0, b.checkOllama(ctx, id, model, body)
+	case fits && !exactly:
 		return 0, nil
 	}
-	if b.kind == Ollama {
-		return 0, b.checkOllama(ctx, id, model, body)
-	}
-	n, err := b.CountPrompt(ctx, model, body)
+	limited, cancel := context.WithTimeout(ctx, countWait)
+	defer cancel()
+	n, err := b.CountPrompt(limited, model, body)
 	switch {
 	case ctx.Err() != nil:
 		return 0, fmt.Errorf("check context: %w", context.Cause(ctx))
 	case err != nil:
 		return 0, nil
-	case n >= window:
+	case window > 0 && n >= window:
 		// A prompt as long as the window leaves no room for a single token.
 		return n, exceeded(model, n, window)
 	}

@@ -88,7 +88,7 @@ func TestCheckContext(t *testing.T) {
 		f := newLlama(t)
 		b := probe(t, Config{URL: f.URL})
 		models(t, b)
-		if n, err := b.CheckContext(t.Context(), "smol", userBody(strings.Repeat("x", 2900))); n != 0 || err != nil {
+		if n, err := b.CheckContext(t.Context(), "smol", userBody(strings.Repeat("x", 2900)), false); n != 0 || err != nil {
 			t.Errorf("%d, %v", n, err)
 		}
 		if f.count("POST /v1/chat/completions/input_tokens") != 0 {
@@ -100,18 +100,18 @@ func TestCheckContext(t *testing.T) {
 		b := probe(t, Config{URL: f.URL, Models: map[string]string{"smol": "m"}})
 		models(t, b)
 		f.set("POST /v1/chat/completions/input_tokens", says(200, `{"input_tokens":4095}`))
-		if n, err := b.CheckContext(t.Context(), "m", long); n != 4095 || err != nil {
+		if n, err := b.CheckContext(t.Context(), "m", long, false); n != 4095 || err != nil {
 			t.Errorf("it just fits: %d, %v", n, err)
 		}
 		f.set("POST /v1/chat/completions/input_tokens", says(200, `{"input_tokens":4096}`))
-		n, err := b.CheckContext(t.Context(), "m", long)
+		n, err := b.CheckContext(t.Context(), "m", long, false)
 		var e *schemas.Error
 		if n != 4096 || !errors.As(err, &e) || e.Code != schemas.CodeContextLengthExceeded || e.Param != "messages" ||
 			!strings.Contains(e.Message, `4096 tokens, and the context window of "m" is 4096`) {
 			t.Errorf("it just doesn't: %d, %v", n, err)
 		}
 		f.set("POST /v1/chat/completions/input_tokens", says(500, ``))
-		if n, err := b.CheckContext(t.Context(), "m", long); n != 0 || err != nil {
+		if n, err := b.CheckContext(t.Context(), "m", long, false); n != 0 || err != nil {
 			t.Errorf("a count that fails is no verdict: %d, %v", n, err)
 		}
 	})
@@ -120,7 +120,7 @@ func TestCheckContext(t *testing.T) {
 		b := probe(t, Config{URL: f.URL})
 		models(t, b)
 		f.set("POST /api/chat", says(400, `{"error":"the input length exceeds the context length"}`))
-		_, err := b.CheckContext(t.Context(), "llama3.2:latest", long)
+		_, err := b.CheckContext(t.Context(), "llama3.2:latest", long, false)
 		var e *schemas.Error
 		if !errors.As(err, &e) || e.Code != schemas.CodeContextLengthExceeded || !strings.Contains(e.Message, `"llama3.2:latest"`) {
 			t.Errorf("%v", err)
@@ -130,12 +130,12 @@ func TestCheckContext(t *testing.T) {
 			t.Errorf("asked with %.200s", asked.Raw)
 		}
 		f.set("POST /api/chat", says(200, `{"done":true,"prompt_eval_count":3000}`))
-		if _, err := b.CheckContext(t.Context(), "llama3.2:latest", long); err != nil {
+		if _, err := b.CheckContext(t.Context(), "llama3.2:latest", long, false); err != nil {
 			t.Errorf("it fits: %v", err)
 		}
 		// A model whose window nobody told: the least that Ollama gives is the measure.
 		before := f.count("POST /api/chat")
-		if _, err := b.CheckContext(t.Context(), "nomic-embed-text:latest", userBody("short")); err != nil || f.count("POST /api/chat") != before {
+		if _, err := b.CheckContext(t.Context(), "nomic-embed-text:latest", userBody("short"), false); err != nil || f.count("POST /api/chat") != before {
 			t.Errorf("short: %v", err)
 		}
 	})
@@ -153,7 +153,7 @@ func TestCheckContext(t *testing.T) {
 			<-arrived
 			cancel(errClientGone)
 		}()
-		if _, err := b.CheckContext(ctx, "llama3.2:latest", long); !errors.Is(err, errClientGone) {
+		if _, err := b.CheckContext(ctx, "llama3.2:latest", long, false); !errors.Is(err, errClientGone) {
 			t.Errorf("%v", err)
 		}
 	})

@@ -2,6 +2,7 @@ package backend
 
 import (
 	"bytes"
+	"strconv"
 
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -35,25 +36,77 @@ func withModel(body []byte, model string) ([]byte, error) {
 
 // requestBody returns the client's body with what the server has to have otherwise:
 // its own id of the model; stream as it was asked for; in a stream the usage, always,
-// because it is what is billed; and for Ollama the token limit under the name that it
-// knows. All other bytes are the client's own.
-func (k Kind) requestBody(c *Call, model string) ([]byte, error) {
-	return edit(c.Body, func(e *editor) {
+// because it is what is billed, and the count so far where the stream has a bound; no
+// more tokens than most, unless that is 0; and for Ollama the token limit under the name
+// that it knows. All other bytes are the client's own. bounded reports whether the client
+// asked for more than most.
+func (k Kind) requestBody(c *Call, model string, most int64) (body []byte, bounded bool, err error) {
+	body, err = edit(c.Body, func(e *editor) {
 		e.set("model", schemas.AppendString(nil, model))
 		if c.Stream {
 			e.set("stream", []byte("true"))
 			options := []string{"include_usage"}
-			if k == VLLM {
+			if k == VLLM || k == Demo && c.Allowed != nil {
 				options = append(options, "continuous_usage_stats")
 			}
 			e.switchOn("stream_options", options)
+			if k == LlamaCPP && c.Allowed != nil && !e.has(perToken) {
+				e.add(perToken, []byte("true"))
+			}
 		} else if e.has("stream") {
 			e.set("stream", []byte("false"))
+		}
+		if most > 0 {
+			bounded = e.bound(k, max(1, most/e.choices()))
 		}
 		if k == Ollama {
 			e.rename("max_completion_tokens", "max_tokens")
 		}
 	})
+	return body, bounded, err
+}
+
+// perToken is what makes llama.cpp tell its count with every chunk.
+const perToken = "timings_per_token"
+
+// choices is how many replies are asked for.
+func (e *editor) choices() int64 {
+	n := 1
+	for _, m := range e.members {
+		if m.key == "n" {
+			n, _ = count(m.value.of(e.b))
+		}
+	}
+	return max(1, int64(n))
+}
+
+// bound keeps each choice of the reply to most tokens, by all the names that the server
+// knows for that, and reports whether the client's own limit doesn't.
+func (e *editor) bound(k Kind, most int64) (bounded bool) {
+	limit := strconv.AppendInt(nil, most, 10)
+	told := false
+	for _, m := range e.members {
+		switch {
+		case m.key == "max_tokens", m.key == "max_completion_tokens", m.key == "n_predict" && k == LlamaCPP:
+		default:
+			continue
+		}
+		value := m.value.of(e.b)
+		if isNull(value) {
+			continue
+		}
+		if n, ok := count(value); !ok || int64(n) > most {
+			e.replace(m.value, limit)
+			bounded = true
+		}
+		// Old builds of llama.cpp don't know the newer name.
+		told = told || m.key == "max_tokens" || k != LlamaCPP
+	}
+	if !told {
+		e.set("max_tokens", limit)
+		bounded = true
+	}
+	return bounded
 }
 
 // editor collects changes to the members of one object.
@@ -186,11 +239,15 @@ func setTrue(options []string) func(*editor) {
 // name, or the other's value where the client gave both. A null says nothing.
 func (e *editor) rename(from, to string) {
 	for _, m := range e.members {
-		if m.key != from || isNull(m.value.of(e.b)) {
+		value := m.value.of(e.b)
+		if m.key != from || isNull(value) {
 			continue
 		}
 		if e.has(to) {
-			e.set(to, m.value.of(e.b))
+			if s, ok := e.changes[m.value.start]; ok {
+				value = s.text
+			}
+			e.set(to, value)
 			continue
 		}
 		e.changes[m.at] = splice{span{m.at, skipString(e.b, m.at)}, schemas.AppendString(nil, to)}

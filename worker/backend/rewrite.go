@@ -24,8 +24,10 @@ const maxChoices = 1024
 
 // choice is what is known of one choice of a reply.
 type choice struct {
-	seen     bool // a delta with the role went out
+	seen     bool // it has a delta with the role
 	finished bool
+	begun    bool // both as of what may go to the client, where that is bounded
+	ended    bool
 	counted  int // deltas that carried something; of a whole reply, a quarter of its bytes
 	told     int // tokens as the backend counts them, -1 if it doesn't
 }
@@ -51,8 +53,13 @@ type rewriter struct {
 	// choices llama.cpp sends a usage chunk for each, and in a whole reply only that of
 	// the first.
 	partial bool
+	// hideTimings keeps the client from what it hasn't asked for: llama.cpp's timings
+	// before the end.
+	hideTimings bool
 
 	choices []choice
+	// said and closing are of the last chunk: it has output, and it ends a choice.
+	said, closing bool
 	// prompt and completion are the backend's figures of the whole reply, -1 while it
 	// has not told.
 	prompt, completion int
@@ -115,7 +122,7 @@ func (w *rewriter) whole(dst, data []byte, prompt int) ([]byte, error) {
 	if usage.ok() && !w.multiply() {
 		dst = append(dst, usage.of(data)...)
 	} else {
-		dst = w.appendUsage(dst, prompt)
+		dst = w.appendUsage(dst, prompt, w.tokens())
 	}
 	return append(dst, '}'), nil
 }
@@ -134,6 +141,7 @@ func (w *rewriter) finished() bool {
 // caller, and returns how many choices it has and where in data its usage is.
 func (w *rewriter) object(dst, data []byte) (out []byte, choices int, usage span, err error) {
 	dst = append(dst, w.head...)
+	w.said, w.closing = false, false
 	var flatError, hasChoices bool
 	var single int // index of the last choice
 	var timings, failure span
@@ -168,6 +176,9 @@ func (w *rewriter) object(dst, data []byte) (out []byte, choices int, usage span
 			}
 			if string(o.key) == "timings" {
 				timings = span{start, end}
+				if w.hideTimings && choices > 0 && !w.closing {
+					continue
+				}
 			}
 			dst = append(append(dst, ','), data[key:end]...)
 		}
@@ -282,6 +293,7 @@ func (w *rewriter) appendChoice(dst, b []byte, i, position int) (out []byte, end
 	first := !c.seen
 	c.seen = true
 	c.finished = c.finished || finished
+	w.said, w.closing = w.said || d.size > 0, w.closing || finished
 	switch {
 	case !w.stream:
 		c.counted = (d.size + 3) / 4

@@ -15,11 +15,49 @@ func (w *rewriter) end(dst []byte, prompt int) []byte {
 		if len(w.usage) > 0 && len(w.choices) == 1 {
 			dst = oneLine(append(dst, w.usage...), len(dst))
 		} else {
-			dst = w.appendUsage(dst, prompt)
+			dst = w.appendUsage(dst, prompt, w.tokens())
 		}
 		dst = append(dst, '}')
 	}
 	return append(dst, '\n')
+}
+
+// cut appends the end of a stream of n choices that is ended after so many tokens: for
+// each choice whose end hasn't gone out a last chunk, and the usage.
+func (w *rewriter) cut(dst []byte, n, prompt, tokens int) []byte {
+	for i := range max(n, len(w.choices)) {
+		var c choice
+		if i < len(w.choices) {
+			c = w.choices[i]
+		}
+		if c.ended {
+			continue
+		}
+		dst = append(append(dst, w.head...), `,"choices":[{"index":`...)
+		dst = strconv.AppendInt(dst, int64(i), 10)
+		if c.begun {
+			dst = append(dst, `,"delta":{},"finish_reason":"length"}]`...)
+		} else {
+			dst = append(dst, `,"delta":{"role":"assistant","content":""},"finish_reason":"length"}]`...)
+		}
+		if w.includeUsage {
+			dst = append(dst, `,"usage":null`...)
+		}
+		dst = append(dst, '}', '\n')
+	}
+	if w.includeUsage {
+		dst = append(append(dst, w.head...), `,"choices":[],"usage":`...)
+		dst = append(w.appendUsage(dst, prompt, tokens), '}', '\n')
+	}
+	return dst
+}
+
+// passAll notes that all that was read may go to the client.
+func (w *rewriter) passAll() {
+	for i := range w.choices {
+		c := &w.choices[i]
+		c.begun, c.ended = c.seen, c.finished
+	}
 }
 
 // multiply turns the figure of the first choice of a whole reply into one of all
@@ -38,11 +76,10 @@ func (w *rewriter) multiply() bool {
 	return true
 }
 
-func (w *rewriter) appendUsage(dst []byte, prompt int) []byte {
+func (w *rewriter) appendUsage(dst []byte, prompt, tokens int) []byte {
 	if w.prompt >= 0 {
 		prompt = w.prompt
 	}
-	tokens := w.tokens()
 	dst = strconv.AppendInt(append(dst, `{"prompt_tokens":`...), int64(prompt), 10)
 	dst = strconv.AppendInt(append(dst, `,"completion_tokens":`...), int64(tokens), 10)
 	dst = strconv.AppendInt(append(dst, `,"total_tokens":`...), int64(prompt+tokens), 10)

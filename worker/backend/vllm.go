@@ -113,10 +113,14 @@ func (b *Backend) tryTools(ctx context.Context, id string) toolTrial {
 	return trial
 }
 
-// vllmCount counts the tokens of a prompt as vLLM will see it.
+// vllmCount counts the tokens of a prompt as vLLM, or the demo model, will see it.
 func (b *Backend) vllmCount(ctx context.Context, id string, body []byte) (int, error) {
 	request := map[string]any{"model": id}
-	for _, name := range []string{"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "chat_template"} {
+	names := []string{"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "chat_template"}
+	if b.kind == Demo {
+		names = append(names, "demo") // which may say how long the prompt is
+	}
+	for _, name := range names {
 		if v := gjson.GetBytes(body, name); v.Exists() && v.Type != gjson.Null {
 			request[name] = rawJSON(v.Raw)
 		}

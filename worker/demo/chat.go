@@ -78,6 +78,10 @@ func (s *Server) serveChat(w http.ResponseWriter, hr *http.Request) {
 		r.refuseAsAsked()
 		return
 	}
+	r.q.stated(&faults)
+	if faults.IgnoreLimit {
+		r.q.maxTokens = 0
+	}
 	if err := r.q.check(info); err != nil {
 		r.refuse(400, err.Error())
 		return

@@ -28,7 +28,8 @@
 // # Tokens
 //
 // A token is a word with the white space before it, of at most 16 bytes. A prompt has
-// as many tokens as its texts have words, 3 for each message and 85 for each image.
+// as many tokens as its texts have words, 3 for each message and 85 for each image,
+// unless the faults state how many.
 //
 // # Continuing
 //
@@ -259,10 +260,7 @@ func (s *Server) use(id string) (info *schemas.Model, f Faults, ok bool) {
 	if !ok {
 		return nil, Faults{}, false
 	}
-	set := m.own
-	if set == nil {
-		set = &s.all
-	}
+	set := s.settingLocked(m)
 	if set.left == 0 {
 		return &m.info, NoFaults(), true
 	}
@@ -270,6 +268,23 @@ func (s *Server) use(id string) (info *schemas.Model, f Faults, ok bool) {
 		set.left--
 	}
 	return &m.info, set.faults, true
+}
+
+// peek returns the faults of a model that exists, without using one up.
+func (s *Server) peek(id string) Faults {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if set := s.settingLocked(s.models[id]); set.left != 0 {
+		return set.faults
+	}
+	return NoFaults()
+}
+
+func (s *Server) settingLocked(m *model) *setting {
+	if m.own != nil {
+		return m.own
+	}
+	return &s.all
 }
 
 // load begins the load of a cold model and returns when it is in memory: the zero

@@ -51,6 +51,10 @@ type Faults struct {
 	ToolCalls int `json:"tool_calls"`
 	// NoUsage leaves the usage out.
 	NoUsage bool `json:"no_usage"`
+	// PromptTokens is how many tokens the prompt counts as; 0 is as many as it has.
+	PromptTokens int `json:"prompt_tokens"`
+	// IgnoreLimit makes a reply as long as it is, whatever max_tokens says.
+	IgnoreLimit bool `json:"ignore_limit"`
 
 	// Status answers with this HTTP status and an error instead of a reply, with
 	// Retry-After if RetryAfter, in seconds, is above 0, and with ErrorBody as the body
@@ -99,6 +103,8 @@ or for one, with an object "demo" in the body of a chat completion:
   reasoning_field    the field they come in: reasoning_content
   tool_calls         number of tool calls instead of a text
   no_usage           leave the usage out
+  prompt_tokens      the prompt counts as so many tokens
+  ignore_limit       don't heed max_tokens
   status             answer with this HTTP status; retry_after, error_body go with it
   die_after          after n tokens: close the connection
   error_after        after n tokens: an error in the stream
@@ -148,6 +154,7 @@ func (f *Faults) validate() error {
 		{"tokens_per_chunk", f.TokensPerChunk, 0, maxTokens},
 		{"reasoning_tokens", f.ReasoningTokens, 0, maxTokens},
 		{"tool_calls", f.ToolCalls, 0, maxCalls},
+		{"prompt_tokens", f.PromptTokens, 0, maxTokens},
 		{"retry_after", f.RetryAfter, 0, maxSeconds},
 		{"die_after", f.DieAfter, -1, maxTokens},
 		{"error_after", f.ErrorAfter, -1, maxTokens},

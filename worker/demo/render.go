@@ -87,9 +87,10 @@ func appendLogprob(dst []byte, token string, rank int) []byte {
 	return append(dst, ']')
 }
 
-func (r *run) appendUsage(dst []byte, tokens int) []byte {
-	thought := min(max(r.p.reasoning-r.p.start, 0), tokens) * r.q.n
-	tokens *= r.q.n
+// appendUsage appends the usage of n choices of so many tokens.
+func (r *run) appendUsage(dst []byte, tokens, n int) []byte {
+	thought := min(max(r.p.reasoning-r.p.start, 0), tokens) * n
+	tokens *= n
 	dst = append(dst, `{"prompt_tokens":`...)
 	dst = strconv.AppendInt(dst, int64(r.q.tokens), 10)
 	dst = append(dst, `,"completion_tokens":`...)

@@ -27,6 +27,7 @@ type request struct {
 	body                        string
 	model                       string
 	stream, usage               bool
+	continuous                  bool // a usage with every chunk
 	n                           int
 	maxTokens                   int // 0: not given
 	logprobs                    bool
@@ -82,6 +83,7 @@ func parseRequest(body []byte) (*request, error) {
 			q.stream = value.Bool()
 		case "stream_options":
 			q.usage = value.Get("include_usage").Bool()
+			q.continuous = q.usage && value.Get("continuous_usage_stats").Bool()
 		case "n":
 			q.n = int(value.Int())
 		case "max_tokens":
@@ -209,6 +211,13 @@ func words(s string) int {
 	return n
 }
 
+// stated gives the prompt the length that the faults state.
+func (q *request) stated(f *Faults) {
+	if f.PromptTokens > 0 {
+		q.tokens = f.PromptTokens
+	}
+}
+
 // check refuses what the model can't do, in the words of vLLM.
 func (q *request) check(m *schemas.Model) error {
 	c := m.Capabilities
@@ -272,11 +281,19 @@ func (s *Server) serveTokenize(w http.ResponseWriter, r *http.Request) {
 		writeError(w, 400, "either prompt or messages is needed")
 		return
 	}
+	faults := s.peek(id)
+	if own := root.Get("demo"); own.Exists() {
+		if err := faults.overlay([]byte(own.Raw)); err != nil {
+			writeError(w, 400, err.Error())
+			return
+		}
+	}
 	// What the tokens are doesn't matter; that there are as many as counted does.
 	tokens := make([]int, q.tokens)
 	for i := range tokens {
 		tokens[i] = i
 	}
+	q.stated(&faults)
 	writeJSON(w, 200, struct {
 		Count       int   `json:"count"`
 		MaxModelLen int   `json:"max_model_len"`

@@ -40,12 +40,12 @@ func (r *run) streamed() {
 		b := r.appendChoice(r.buf[:0], choice)
 		b = append(b, `},"finish_reason":"`...)
 		b = append(b, p.finish...)
-		r.send(r.appendTail(append(b, `"}]`...)))
+		r.send(r.appendTail(append(b, `"}]`...), p.end))
 	}
 	if r.q.usage && !r.f.NoUsage {
 		b := append(r.buf[:0], r.head...)
 		b = append(b, `],"usage":`...)
-		b = r.appendUsage(b, p.end-p.start)
+		b = r.appendUsage(b, p.end-p.start, r.q.n)
 		r.send(append(b, "}\n\n"...))
 	}
 	if gone(r.done) {
@@ -63,7 +63,7 @@ func (r *run) openRole() {
 	r.begun = true
 	for choice := range r.q.n {
 		b := r.appendChoice(r.buf[:0], choice)
-		r.send(r.appendTail(append(b, `"role":"assistant","content":""},"finish_reason":null}]`...)))
+		r.send(r.appendTail(append(b, `"role":"assistant","content":""},"finish_reason":null}]`...), r.p.start))
 	}
 }
 
@@ -107,8 +107,13 @@ func (r *run) appendChoice(dst []byte, choice int) []byte {
 	return append(dst, `,"delta":{`...)
 }
 
-func (r *run) appendTail(dst []byte) []byte {
-	if r.q.usage && !r.f.NoUsage {
+// appendTail ends the event of a choice that has come to the position pos.
+func (r *run) appendTail(dst []byte, pos int) []byte {
+	switch {
+	case r.f.NoUsage || !r.q.usage:
+	case r.q.continuous:
+		dst = r.appendUsage(append(dst, `,"usage":`...), pos-r.p.start, 1)
+	default:
 		dst = append(dst, `,"usage":null`...)
 	}
 	return append(dst, "}\n\n"...)
@@ -121,7 +126,7 @@ func (r *run) appendChunk(dst []byte, pos, next, choice int) []byte {
 	dst = r.appendChoice(dst, choice)
 	if pos >= p.reasoning && len(p.calls) > 0 {
 		dst = r.appendCallDelta(dst, pos, next)
-		return r.appendTail(append(dst, `},"finish_reason":null}]`...))
+		return r.appendTail(append(dst, `},"finish_reason":null}]`...), next)
 	}
 	dst = append(dst, '"')
 	if pos < p.reasoning {
@@ -137,7 +142,7 @@ func (r *run) appendChunk(dst []byte, pos, next, choice int) []byte {
 	if r.q.logprobs && pos >= p.reasoning {
 		dst = r.appendLogprobs(append(dst, `,"logprobs":`...), pos, next, choice)
 	}
-	return r.appendTail(append(dst, `,"finish_reason":null}]`...))
+	return r.appendTail(append(dst, `,"finish_reason":null}]`...), next)
 }
 
 func (r *run) appendCallDelta(dst []byte, pos, next int) []byte {

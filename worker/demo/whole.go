@@ -39,7 +39,7 @@ func (r *run) whole() {
 	}
 	b = append(b, ']')
 	if !r.f.NoUsage && !failing {
-		b = r.appendUsage(append(b, `,"usage":`...), tokens)
+		b = r.appendUsage(append(b, `,"usage":`...), tokens, r.q.n)
 	}
 	b = append(b, "}\n"...)
 	if failing && p.fail == failGarbage {
