@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -19,6 +20,7 @@ import (
 	"github.com/ownllm/ownllm/edge"
 	"github.com/ownllm/ownllm/internal/adminapi"
 	"github.com/ownllm/ownllm/internal/natstest"
+	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/backend"
 	"github.com/ownllm/ownllm/worker/demo"
 )
@@ -169,7 +171,9 @@ func TestRotation(t *testing.T) {
 	t.Parallel()
 	h := build(t, plan{empty: true})
 	path := "/keys/" + string(h.keyID()) + "/rotate"
-	works := func(secret string) bool { return h.code("GET", "/v1/models", secret, "").status != http.StatusUnauthorized }
+	works := func(secret string) bool {
+		return h.code("GET", "/v1/models", secret, "").status != http.StatusUnauthorized
+	}
 
 	second := admin[adminapi.CreatedKey](h, "POST", path, `{"overlap_seconds":3600}`)
 	if second.ID != h.keyID() || second.Secret == h.key || !strings.HasPrefix(second.Secret, second.Prefix) || !works(second.Secret) || !works(h.key) {
@@ -334,6 +338,38 @@ func TestUsage(t *testing.T) {
 	}
 }
 
+// A CSV file has all rows, however many pages of the books that takes.
+func TestUsageCSVIsWhole(t *testing.T) {
+	t.Parallel()
+	h := build(t, plan{empty: true})
+	admin[adminapi.Tenant](h, "PATCH", "/tenants/local", `{"qps":1000000}`)
+	admin[adminapi.Key](h, "PATCH", "/keys/"+string(h.keyID()), `{"concurrency":100000}`)
+	lease := must(h.store.RenewLease(t.Context(), schemas.NewOwnerID(), time.Minute))
+	const requests, batch = 2100, 300
+	for n := 0; n < requests; n += batch {
+		admit, settle := books.Turn{Lease: lease}, books.Turn{}
+		for i := range batch {
+			id, prompt := schemas.NewRequestID(), int64(1)
+			admit.Admit = append(admit.Admit, books.Ask{
+				Request: id, Tenant: h.tenant.ID, Key: h.keyID(), Model: fmt.Sprintf("m%04d", n+i), Prompt: 1, Limit: 1, Timeout: time.Minute,
+			})
+			settle.Settle = append(settle.Settle, books.Settlement{Request: id, Key: h.keyID(), Prompt: &prompt, Completion: 1, Outcome: books.OutcomeDone})
+		}
+		must(h.store.Turn(t.Context(), admit))
+		must(h.store.Turn(t.Context(), settle))
+	}
+	_, text := h.do("GET", "/api/v1/usage?by=model&format=csv", adminToken, "")
+	lines, err := csv.NewReader(strings.NewReader(text)).ReadAll()
+	if err != nil || len(lines) != requests+1 {
+		t.Fatalf("%d lines, %v", len(lines), err)
+	}
+	for i, line := range lines[1:] {
+		if want := fmt.Sprintf("m%04d 1 1 1 0", i); strings.Join(line, " ") != want {
+			t.Fatalf("line %d is %v, want %s", i, line, want)
+		}
+	}
+}
+
 // The audit says who changed what, and never a secret.
 func TestAudit(t *testing.T) {
 	t.Parallel()
@@ -437,6 +473,15 @@ func TestListsOfAllTenants(t *testing.T) {
 	if list := pages[adminapi.Agent](h, "/agents?tenant=acme"); len(list) != 1 || list[0].TenantSlug != "acme" {
 		t.Errorf("%+v", list)
 	}
+	// What was learnt outlives the books.
+	h.database.Cut()
+	defer h.database.Restore()
+	if list := pages[adminapi.Agent](h, "/agents"); len(list) != 3 || list[0].TenantSlug != "local" {
+		t.Errorf("without the books: %+v", list)
+	}
+	resp, body := h.do("GET", "/api/v1/models", adminToken, "") // whose prices aren't known
+	checkRefusal(t, resp, body, "internal_error", "")
+	h.database.Restore()
 	if list := pages[adminapi.Key](h, "/keys?user="+string(h.user.ID)); len(list) != 1 || list[0].User != h.user.ID {
 		t.Errorf("%+v", list)
 	}

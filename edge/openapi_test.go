@@ -544,6 +544,22 @@ func TestAnswersAreAsDescribed(t *testing.T) {
 	w.ask("GET", "/readyz", "", "", 200)
 	w.ask("GET", adminapi.Prefix+"/status", "x", "", 401)
 
+	// The parameters of lists that are described are taken, and no others.
+	for path, operations := range w.d.Paths {
+		o := operations["get"]
+		if o == nil || !slices.ContainsFunc(o.Parameters, func(p parameter) bool { return p.Ref != "" }) {
+			continue
+		}
+		for _, p := range append(o.Parameters, parameter{Name: "other"}) {
+			if p.Ref != "" {
+				p = w.d.Components.Parameters[strings.TrimPrefix(p.Ref, "#/components/parameters/")]
+			}
+			_, text := w.do("GET", path+"?"+p.Name+"=", adminToken, "")
+			if refused := strings.Contains(text, "There is no parameter"); refused != (p.Name == "other") {
+				t.Errorf("%s, parameter %s: %s", path, p.Name, text)
+			}
+		}
+	}
 	for path, operations := range w.d.Paths {
 		for method := range operations {
 			if route := strings.ToUpper(method) + " " + path; !w.seen[route] {

@@ -61,6 +61,13 @@ func TestChanges(t *testing.T) {
 	if c := changes(t, s, 3); c.Version != 6 || !slices.Equal(c.Changes, made) {
 		t.Errorf("changed: %+v", c)
 	}
+	// Caches know nothing of prices.
+	if _, err := s.SetPrice(t.Context(), "acme", "m", 1); err != nil {
+		t.Fatal(err)
+	}
+	if c := changes(t, s, 6); c.Reset || len(c.Changes) != 0 {
+		t.Errorf("a price: %+v", c)
+	}
 }
 
 func TestChangesArePruned(t *testing.T) {

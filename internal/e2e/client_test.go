@@ -105,6 +105,12 @@ type chatChunk struct {
 // chat sends a chat request and reads the whole reply, checking the form of every
 // event of a stream on the way.
 func (c *client) chat(ctx context.Context, stream bool, fields map[string]any) reply {
+	return c.follow(ctx, stream, fields, func(*reply) {})
+}
+
+// follow is chat, and calls seen with what there is of the reply after each event of a
+// stream.
+func (c *client) follow(ctx context.Context, stream bool, fields map[string]any, seen func(*reply)) reply {
 	start := time.Now()
 	resp, err := c.post(ctx, "/chat/completions", chatBody(stream, fields))
 	if err != nil {
@@ -139,6 +145,7 @@ func (c *client) chat(ctx context.Context, stream bool, fields map[string]any) r
 				r.broken = err
 				return r
 			}
+			seen(&r)
 		default:
 			r.broken = fmt.Errorf("line %q isn't of a stream", line)
 			return r
@@ -201,7 +208,18 @@ func (r *reply) event(data string) error {
 	return nil
 }
 
-// whole fails the test unless the reply is complete.
+// request is the id of the request.
+func (r *reply) request() string { return r.header.Get("X-Request-Id") }
+
+// code is that of the error, or empty.
+func (r *reply) code() string {
+	if r.err == nil {
+		return ""
+	}
+	return r.err.Code
+}
+
+// wantWhole fails the test unless the reply is complete.
 func wantWhole(t *testing.T, r reply) {
 	t.Helper()
 	if r.broken != nil || r.err != nil || r.status != http.StatusOK || !r.done {

@@ -12,10 +12,10 @@ import (
 
 // Proxy stands between a client and the server, and fails as a test wants it to.
 type Proxy struct {
-	url    string
-	target string
+	url string
 
 	mu       sync.Mutex
+	target   string
 	listener net.Listener
 	stalled  chan struct{} // open while nothing is passed on; nil: all is passed on
 	down     bool
@@ -57,6 +57,18 @@ func NewProxy(t testing.TB, address string) *Proxy {
 
 // URL is the address of the server by way of the proxy.
 func (p *Proxy) URL() string { return p.url }
+
+// Aim makes the server at the address the target of new connections.
+func (p *Proxy) Aim(t testing.TB, address string) {
+	t.Helper()
+	u, err := url.Parse(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.target = u.Host
+}
 
 // Cut closes every connection, and new ones as soon as they come.
 func (p *Proxy) Cut() {
@@ -129,7 +141,10 @@ func (p *Proxy) serve(client net.Conn) {
 	}
 	defer p.drop(client)
 	p.gate()
-	server, err := new(net.Dialer).DialContext(context.Background(), "tcp", p.target)
+	p.mu.Lock()
+	target := p.target
+	p.mu.Unlock()
+	server, err := new(net.Dialer).DialContext(context.Background(), "tcp", target)
 	if err != nil || !p.keep(server) {
 		return
 	}

@@ -3,6 +3,7 @@ package stack
 import (
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -36,7 +37,13 @@ const AdminToken = "admin-token-of-the-test"
 // come on top.
 func StartCluster(t testing.TB, brokerArgs ...string) *Cluster {
 	t.Helper()
-	c := &Cluster{t: t, dir: t.TempDir(), natsAddr: FreeAddr(t), token: "bus-secret-of-the-test", DatabaseURL: pgtest.New(t)}
+	return StartClusterOn(t, pgtest.New(t), brokerArgs...)
+}
+
+// StartClusterOn is StartCluster on a migrated database that is there already.
+func StartClusterOn(t testing.TB, databaseURL string, brokerArgs ...string) *Cluster {
+	t.Helper()
+	c := &Cluster{t: t, dir: t.TempDir(), natsAddr: FreeAddr(t), token: "bus-secret-of-the-test", DatabaseURL: databaseURL}
 	var err error
 	if c.Books, err = books.Open(t.Context(), books.Config{URL: c.DatabaseURL}); err != nil {
 		t.Fatal(err)
@@ -78,23 +85,41 @@ func (c *Cluster) env() []string {
 	}
 }
 
-// role starts one role, and waits until its operations port answers.
-func (c *Cluster) role(name string, args ...string) *Process {
+// launched is a role that was started, and how to see that it is up.
+type launched struct {
+	*Process
+	opsURL, check string
+}
+
+// launch starts one role.
+func (c *Cluster) launch(name string, args ...string) launched {
 	c.t.Helper()
 	ops := FreeAddr(c.t)
 	args = append([]string{name, "--ops-listen", ops}, args...)
-	p := Run(c.t, name, c.env(), Binary(c.t, OwnLLM), args...)
-	check := "/healthz"
+	p := launched{Run(c.t, name, c.env(), Binary(c.t, OwnLLM), args...), "http://" + ops, "/healthz"}
 	if name == "edge" {
-		check = "/readyz"
+		p.check = "/readyz"
 	}
-	Until(c.t, startWait, name+" to be up", func() bool {
-		if !p.Alive() {
-			c.t.Fatalf("ownllm %s has ended: %v", name, p.Err())
-		}
-		return Answers("http://" + ops + check)
-	})
 	return p
+}
+
+// await waits until the operations port of a role answers.
+func (p launched) await() {
+	p.t.Helper()
+	Until(p.t, startWait, p.name+" to be up", func() bool {
+		if !p.Alive() {
+			p.t.Fatalf("ownllm %s has ended: %v", p.name, p.Err())
+		}
+		return Answers(p.opsURL + p.check)
+	})
+}
+
+// role starts one role, and waits until it is up.
+func (c *Cluster) role(name string, args ...string) *Process {
+	c.t.Helper()
+	p := c.launch(name, args...)
+	p.await()
+	return p.Process
 }
 
 // StartBroker starts the broker.
@@ -108,14 +133,30 @@ type Edge struct {
 	*Process
 	Addr    string
 	BaseURL string
+	OpsURL  string
 }
 
 // StartEdge starts an edge on a free port.
 func (c *Cluster) StartEdge(args ...string) *Edge {
 	c.t.Helper()
-	addr := FreeAddr(c.t)
-	p := c.role("edge", append([]string{"--listen", addr}, args...)...)
-	return &Edge{p, addr, "http://" + addr + "/v1"}
+	return c.StartEdges(1, args...)[0]
+}
+
+// StartEdges starts several edges at once.
+func (c *Cluster) StartEdges(n int, args ...string) []*Edge {
+	c.t.Helper()
+	var edges []*Edge
+	var starting []launched
+	for range n {
+		addr := FreeAddr(c.t)
+		p := c.launch("edge", append([]string{"--listen", addr}, args...)...)
+		starting = append(starting, p)
+		edges = append(edges, &Edge{p.Process, addr, "http://" + addr + "/v1", p.opsURL})
+	}
+	for _, p := range starting {
+		p.await()
+	}
+	return edges
 }
 
 // Worker is a worker of a Cluster.
@@ -127,8 +168,14 @@ type Worker struct {
 // StartWorker starts a worker of a new agent in front of a backend.
 func (c *Cluster) StartWorker(backendURL string, args ...string) *Worker {
 	c.t.Helper()
+	return c.StartWorkerOf(c.Tenant.ID, backendURL, args...)
+}
+
+// StartWorkerOf is StartWorker for a tenant.
+func (c *Cluster) StartWorkerOf(tenant schemas.TenantID, backendURL string, args ...string) *Worker {
+	c.t.Helper()
 	c.agents++
-	return c.RestartWorker(filepath.Join(c.dir, "agent", schemas.EncodeToken(string(rune('a'+c.agents-1)))), backendURL, args...)
+	return c.worker(tenant, filepath.Join(c.dir, "agent", strconv.Itoa(c.agents)), backendURL, args...)
 }
 
 // Serving waits until the worker pulls jobs. An edge knows of it by then, but for what
@@ -144,6 +191,11 @@ func (w *Worker) Serving() *Worker {
 // RestartWorker starts the worker of the agent that lives in dir.
 func (c *Cluster) RestartWorker(dir, backendURL string, args ...string) *Worker {
 	c.t.Helper()
-	p := c.role("worker", append([]string{"--data-dir", dir, "--tenant", string(c.Tenant.ID), "--backend", backendURL}, args...)...)
+	return c.worker(c.Tenant.ID, dir, backendURL, args...)
+}
+
+func (c *Cluster) worker(tenant schemas.TenantID, dir, backendURL string, args ...string) *Worker {
+	c.t.Helper()
+	p := c.role("worker", append([]string{"--data-dir", dir, "--tenant", string(tenant), "--backend", backendURL}, args...)...)
 	return &Worker{p, dir}
 }

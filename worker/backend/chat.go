@@ -174,7 +174,7 @@ var ErrHeld = errors.New("the reply has as many tokens as are allowed")
 // reply is Cut. Until then nothing is read from the server.
 func (r *Reply) Next(dst []byte) ([]byte, error) {
 	start := len(dst)
-	if r.holding {
+	if r.holding && r.err == nil {
 		if !r.allowed() {
 			return dst, ErrHeld
 		}

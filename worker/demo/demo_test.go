@@ -531,3 +531,78 @@ func TestServeReturnsTheListenersError(t *testing.T) {
 		t.Errorf("Serve: %v", err)
 	}
 }
+
+// Whatever the prompt, it has as many tokens as are stated: in the usage, for who counts
+// it, and for the window.
+func TestStatedPrompt(t *testing.T) {
+	s, url := server(t, Options{})
+	check := func(member string, want int64) {
+		t.Helper()
+		_, whole := chat(t, url, ask(member))
+		_, counted := do(t, "POST", url+"/tokenize", ask(member))
+		if a, b := gjson.Get(whole, "usage.prompt_tokens").Int(), gjson.Get(counted, "count").Int(); a != want || b != want {
+			t.Errorf("%s: usage %d, /tokenize %d, want %d", member, a, b, want)
+		}
+	}
+	check(`"demo":{"prompt_tokens":12345}`, 12345)
+	if status, body := chat(t, url, ask(`"demo":{"prompt_tokens":32768}`)); status != 400 || !strings.Contains(body, "maximum context length") {
+		t.Errorf("a prompt as long as the window: %d %s", status, body)
+	}
+	if status, _ := do(t, "POST", url+"/tokenize", ask(`"demo":{"prompt_tokens":-1}`)); status != 400 {
+		t.Errorf("less than nothing: %d", status)
+	}
+	f := NoFaults()
+	f.PromptTokens = 77
+	if err := s.SetFaults("", f); err != nil {
+		t.Fatal(err)
+	}
+	check(`"seed":1`, 77)
+	check(`"demo":{"prompt_tokens":5}`, 5)
+	f.Times = 1
+	if err := s.SetFaults("demo", f); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // counting uses nothing up
+		if _, body := do(t, "POST", url+"/tokenize", ask(`"seed":1`)); gjson.Get(body, "count").Int() != 77 {
+			t.Error(body)
+		}
+	}
+	status, _ := chat(t, url, ask(`"seed":1`))
+	if _, body := do(t, "POST", url+"/tokenize", ask(`"seed":1`)); status != 200 || gjson.Get(body, "count").Int() == 77 {
+		t.Errorf("afterwards: %s", body)
+	}
+}
+
+func TestIgnoreLimit(t *testing.T) {
+	_, url := server(t, Options{})
+	for _, limit := range []string{"max_tokens", "max_completion_tokens"} {
+		_, body := chat(t, url, ask(`"`+limit+`":3,"demo":{"numbered":true,"ignore_limit":true}`))
+		if gjson.Get(body, "choices.0.finish_reason").Str != "stop" || gjson.Get(body, "usage.completion_tokens").Int() != numberedLength {
+			t.Error(body)
+		}
+	}
+}
+
+// With each chunk comes how far its choice is, as vLLM tells it.
+func TestContinuousUsage(t *testing.T) {
+	_, url := server(t, Options{})
+	for options, want := range map[string]string{
+		`{"include_usage":true,"continuous_usage_stats":true}`: "0 0 2 2 4 4 5 5 5 5 10",
+		`{"include_usage":true}`:                               "10",
+		`{"continuous_usage_stats":true}`:                      "",
+	} {
+		_, body := chat(t, url, ask(`"stream":true,"n":2,"max_tokens":5,"stream_options":`+options+`,"demo":{"numbered":true,"tokens_per_chunk":2}`))
+		var told []string
+		for line := range strings.Lines(body) {
+			if u := gjson.Get(strings.TrimPrefix(line, "data: "), "usage"); u.IsObject() {
+				told = append(told, u.Get("completion_tokens").Raw)
+				if u.Get("total_tokens").Int() != u.Get("completion_tokens").Int()+u.Get("prompt_tokens").Int() {
+					t.Errorf("usage %s", u.Raw)
+				}
+			}
+		}
+		if got := strings.Join(told, " "); got != want {
+			t.Errorf("%s: %q, want %q", options, got, want)
+		}
+	}
+}

@@ -1,0 +1,74 @@
+package stack
+
+import (
+	"context"
+	"path/filepath"
+	"testing"
+
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/internal/pgtest"
+	"github.com/ownllm/ownllm/internal/postgres"
+)
+
+// Postgres is a PostgreSQL server for one test alone, which can be stopped and started
+// again under the same address.
+type Postgres struct {
+	t       testing.TB
+	cfg     postgres.Config
+	server  *postgres.Server // nil: it is stopped
+	proxy   *pgtest.Proxy
+	Address string // of a migrated database
+}
+
+// StartPostgres starts a server. It ends with the test.
+func StartPostgres(t testing.TB) *Postgres {
+	t.Helper()
+	p := &Postgres{t: t, cfg: postgres.Config{
+		DataDir: filepath.Join(t.TempDir(), "postgres"), NoSync: true,
+		Settings: map[string]string{"shared_buffers": "32MB", "max_connections": "200"},
+	}}
+	t.Cleanup(func() {
+		if p.server != nil {
+			p.Stop()
+		}
+	})
+	p.Start()
+	store, err := books.Open(t.Context(), books.Config{URL: p.Address})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	if err := store.Migrate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// Start starts the server, with the data that it had.
+func (p *Postgres) Start() {
+	p.t.Helper()
+	var err error
+	if p.server, err = postgres.Start(p.t.Context(), p.cfg); err != nil {
+		p.t.Fatal(err)
+	}
+	// It listens on another port each time.
+	if p.proxy == nil {
+		p.proxy = pgtest.NewProxy(p.t, p.server.URL())
+		p.Address = p.proxy.URL()
+		return
+	}
+	p.proxy.Aim(p.t, p.server.URL())
+	p.proxy.Restore()
+}
+
+// Stop shuts the server down. It ends every connection.
+func (p *Postgres) Stop() {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), stopWait)
+	defer cancel()
+	if err := p.server.Stop(ctx); err != nil {
+		p.t.Error(err)
+	}
+	p.server = nil
+	p.proxy.Cut()
+}
