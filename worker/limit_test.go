@@ -373,3 +373,32 @@ func TestCountThatFails(t *testing.T) {
 		t.Errorf("the prompt was counted as %d", r.prompt)
 	}
 }
+
+// With a real owner: a reply gets what its key can pay for, to the token, and pays for it.
+func TestReplyThatIsPaidFor(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name          string
+		purse, tokens int
+		finish        string
+	}{
+		{"all of it", 9000, 4000, "stop"},
+		{"what the purse has", 2500, 2500, "length"},
+		{"less than is given at first", 100, 100, "length"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			h, _ := one(t, demo.Options{}, 1)
+			h.books.Set(func() { h.books.Price, h.books.Purse = 1, int64(c.purse) })
+			req := request("demo", true, numbered(4000, 0))
+			ch := h.start(req)
+			ch.wantNumbered(c.tokens)
+			if !strings.Contains(ch.body.String(), `"finish_reason":"`+c.finish+`"`) {
+				t.Errorf("it doesn't end with %q", c.finish)
+			}
+			if got := h.books.Charged(t, req.ID); got.Completion != int64(c.tokens) || got.Prompt == nil || *got.Prompt == 0 {
+				t.Errorf("charged %+v, want %d tokens", got, c.tokens)
+			}
+		})
+	}
+}

@@ -86,10 +86,12 @@ func (r *Reply) assign(agent schemas.AgentID) error {
 func (r *Reply) admit(agent schemas.AgentID) error {
 	b, d := &r.bill, r.d
 	var err error
+	asked := time.Now()
 	b.grant, err = d.gate.Admit(r.ctx, quota.Ask{
 		Request: r.req.ID, Tenant: r.req.Tenant, Key: r.req.Key, Model: r.req.Model,
 		Prompt: r.req.Prompt, Limit: r.req.Limit, Agent: agent, Timeout: d.cfg.Total - time.Since(r.req.Received),
 	})
+	d.metrics.Admitted(r.ctx, time.Since(asked))
 	if err != nil {
 		return err
 	}
@@ -197,6 +199,7 @@ func (r *Reply) topUp() {
 		enough := !b.more || int64(r.tokens)*2 < b.limit
 		b.topping = !enough
 		r.mu.Unlock()
+		r.d.metrics.ToppedUp(r.ctx, limit > have)
 		r.tellLimit()
 		if enough {
 			return

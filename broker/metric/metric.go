@@ -38,6 +38,11 @@ const (
 	NameRequestActive = "ownllm.request.active"
 	// NameStreamActive is how many streaming replies are open.
 	NameStreamActive = "ownllm.stream.active"
+	// NameAdmission is how long the books took to admit or refuse a request, in seconds,
+	// and NameTopUps counts the times that a reply in mid-stream was given more tokens, or
+	// was refused them.
+	NameAdmission = "ownllm.admission.duration"
+	NameTopUps    = "ownllm.top_ups"
 	// NameQueueWait is how long a job waited until a worker's claim was granted, in
 	// seconds.
 	NameQueueWait = "ownllm.queue.wait"
@@ -82,6 +87,8 @@ type Instruments struct {
 	requestActive otelmetric.Int64UpDownCounter
 	streamActive  otelmetric.Int64UpDownCounter
 	failovers     otelmetric.Int64Counter
+	topUps        otelmetric.Int64Counter
+	admission     otelmetric.Float64Histogram
 	queueWait     otelmetric.Float64Histogram
 	queueDepth    otelmetric.Int64UpDownCounter
 
@@ -131,6 +138,8 @@ func New(provider otelmetric.MeterProvider) (*Instruments, error) {
 		requestActive: level(NameRequestActive, "{request}", "Requests in flight."),
 		streamActive:  level(NameStreamActive, "{stream}", "Streaming replies that are open."),
 		failovers:     counter(NameFailovers, "{attempt}", "Attempts after the first of a request."),
+		topUps:        counter(NameTopUps, "{request}", "Times that a reply was given more tokens in mid-stream, or refused them."),
+		admission:     seconds(NameAdmission, "Time that the books took to admit or refuse a request.", bucketsWait),
 		queueWait:     seconds(NameQueueWait, "Time from publishing a job to granting its claim.", bucketsWait),
 		queueDepth:    level(NameQueueDepth, "{request}", "Jobs of this owner that wait for a claim."),
 
@@ -181,6 +190,31 @@ func (i *Instruments) StreamClosed(ctx context.Context) {
 		i.streamActive.Add(ctx, -1)
 	}
 }
+
+// Admitted records how long the books took to decide on a request.
+func (i *Instruments) Admitted(ctx context.Context, took time.Duration) {
+	if i != nil {
+		i.admission.Record(ctx, seconds(took))
+	}
+}
+
+// ToppedUp counts a reply that needed more tokens; more says whether it got them.
+func (i *Instruments) ToppedUp(ctx context.Context, more bool) {
+	if i == nil {
+		return
+	}
+	if more {
+		i.topUps.Add(ctx, 1, toppedUp)
+	} else {
+		i.topUps.Add(ctx, 1, cutShort)
+	}
+}
+
+// The two ends of a top-up.
+var (
+	toppedUp = otelmetric.WithAttributeSet(attribute.NewSet(attribute.String("outcome", "granted")))
+	cutShort = otelmetric.WithAttributeSet(attribute.NewSet(attribute.String("outcome", "refused")))
+)
 
 // Failover counts an attempt after a request's first.
 func (i *Instruments) Failover(ctx context.Context) {

@@ -254,7 +254,7 @@ var ErrEnded = schemas.Errorf(schemas.CodeInternalError,
 
 // IsEnded reports whether an error is ErrEnded. errors.Is would find every internal error
 // to be it, since it compares codes.
-func IsEnded(err error) bool { return err == error(ErrEnded) }
+func IsEnded(err error) bool { return err == error(ErrEnded) } //nolint:errorlint // this very one
 
 // refusal says to a client why it wasn't let in; nil if it was.
 func refusal(d *books.Decision) error {

@@ -2,13 +2,13 @@ package e2e
 
 import (
 	"context"
-	"maps"
 	"math/rand/v2"
 	"regexp"
 	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -18,87 +18,99 @@ import (
 	"github.com/ownllm/ownllm/worker/demo"
 )
 
-// flight is a set of requests of one key at one edge.
-type flight struct {
-	key    schemas.KeyID
-	client *client
-	taps   []*tap
-	calls  sync.WaitGroup
-	cancel context.CancelFunc
+// ask is a request for a reply of a number of tokens.
+type ask struct {
+	model  string // empty: the demo model
+	stream bool
+	tokens int
+	open   bool // without a limit of tokens
+	pace   int  // tokens a second
+}
+
+func (a ask) fields(t *testing.T) map[string]any {
+	fields := priced(t, a.tokens, map[string]any{"tokens_per_second": a.pace})
+	if !a.open {
+		fields = limited(fields, a.tokens)
+	}
+	if a.model != "" {
+		fields["model"] = a.model
+	}
+	return fields
 }
 
 // tap is a request whose reply is being read.
 type tap struct {
-	tokens atomic.Int64
+	ask
+	tokens atomic.Int64 // that have come, of a stream
+	ended  chan struct{}
 	reply  reply // once it has ended
 }
 
-// depart sends requests, each streamed or not as its field "stream" says, and waits until
-// the backend has begun all, and each that streams has come some way.
-func depart(t *testing.T, c *stack.Cluster, edge *stack.Edge, backend *stack.Backend, requests ...map[string]any) *flight {
+// flight is a set of requests of one key at one edge.
+type flight struct {
+	key  schemas.KeyID
+	taps []*tap
+}
+
+// depart sends requests with a key of their own, and waits until the backend has begun
+// them all, and each that is streamed has come some way.
+func depart(t *testing.T, c *stack.Cluster, edge *stack.Edge, backend *stack.Backend, asks ...ask) *flight {
 	t.Helper()
 	f := &flight{}
 	var secret string
 	f.key, secret = newKey(t, c, books.NewKey{BudgetCents: new(int64(100_000))})
-	f.client = newClient(edge.BaseURL, secret)
+	client := newClient(edge.BaseURL, secret)
 	ctx, cancel := context.WithTimeout(context.Background(), raceTime)
-	f.cancel = cancel
 	t.Cleanup(func() {
 		cancel()
-		f.calls.Wait()
-		f.client.close()
+		f.land()
+		client.close()
 	})
 	began := backend.Stats().Started
-	streams := make(map[*tap]bool)
-	for _, fields := range requests {
-		p := &tap{}
+	for _, a := range asks {
+		p := &tap{ask: a, ended: make(chan struct{})}
 		f.taps = append(f.taps, p)
-		fields = maps.Clone(fields)
-		stream, _ := fields["stream"].(bool)
-		streams[p] = stream
-		f.calls.Go(func() {
-			p.reply = f.client.follow(ctx, stream, fields, func(r *reply) { p.tokens.Store(int64(tokensOf(r.text))) })
-		})
+		fields := a.fields(t)
+		go func() {
+			defer close(p.ended)
+			p.reply = client.follow(ctx, a.stream, fields, func(r *reply) { p.tokens.Store(int64(tokensOf(r.text))) })
+		}()
 	}
 	stack.Until(t, 30*time.Second, "the requests to run", func() bool {
-		return backend.Stats().Started >= began+int64(len(requests)) &&
-			!slices.ContainsFunc(f.taps, func(p *tap) bool { return streams[p] && p.tokens.Load() < 3 })
+		return backend.Stats().Started >= began+int64(len(asks)) &&
+			!slices.ContainsFunc(f.taps, func(p *tap) bool { return p.stream && p.tokens.Load() < 3 })
 	})
 	return f
 }
 
-// received checks that no client got more of a reply than its request was charged for.
-func (f *flight) received(t *testing.T, entries map[string]entry) {
-	t.Helper()
-	f.calls.Wait()
+// land waits until all replies have ended.
+func (f *flight) land() {
 	for _, p := range f.taps {
-		id := p.reply.request()
-		if e, ok := entries[id]; id != "" && (!ok || int64(tokensOf(p.reply.text)) > e.Completion) {
-			t.Errorf("a client got %d tokens of request %s, and the ledger has %+v", tokensOf(p.reply.text), id, e)
-		}
+		<-p.ended
 	}
 }
 
-var lostOwner = regexp.MustCompile(`request has lost its owner.* request=(\S+) tokens=(\d+)`)
-
-// counted are the requests that a worker reports, with the tokens that it counted.
-func counted(t *testing.T, w *stack.Worker) map[string]int64 {
+// wantPaid makes sure that each request is in the ledger, and that no client got more of a
+// reply than was charged.
+func (f *flight) wantPaid(t *testing.T, entries map[string]entry) {
 	t.Helper()
-	reports := make(map[string]int64)
-	for _, line := range w.Log() {
-		if m := lostOwner.FindStringSubmatch(line); m != nil {
-			n, err := strconv.ParseInt(m[2], 10, 64)
-			if err != nil {
-				t.Fatal(err)
-			}
-			reports[m[1]] = n
+	f.land()
+	if len(entries) != len(f.taps) {
+		t.Errorf("the ledger has %d requests, want %d", len(entries), len(f.taps))
+	}
+	for _, p := range f.taps {
+		id, got := p.reply.request(), tokensOf(p.reply.text)
+		if id == "" {
+			continue // its client didn't even get a status
+		}
+		if e, ok := entries[id]; !ok || int64(got) > e.Completion {
+			t.Errorf("a client got %d tokens of request %s, and the ledger has %+v", got, id, e)
 		}
 	}
-	return reports
 }
 
-// awaitReturn waits until a dead edge's slots and money are back, each within its time
-// from the given moment on, and returns how long that took.
+// awaitReturn waits until what a key holds is back, its slots and its money each within a
+// time from the given moment on, and returns how long that took.
 func (l *ledger) awaitReturn(key schemas.KeyID, since time.Time, slotsWithin, moneyWithin time.Duration) (slots, money time.Duration) {
 	for {
 		h, err := l.look(context.Background(), key)
@@ -106,63 +118,241 @@ func (l *ledger) awaitReturn(key schemas.KeyID, since time.Time, slotsWithin, mo
 		switch {
 		case err != nil:
 			l.t.Error(err)
-			return slots, money
+			return now, now
 		case slots == 0 && h.InFlight == 0:
 			slots = now
 		case slots == 0 && now > slotsWithin:
-			l.t.Errorf("%d slots aren't back after %s", h.InFlight, now)
-			return now, money
+			l.t.Errorf("after %s these aren't back: %+v", now, h)
+			return now, now
 		}
-		if h.Reserved == 0 && h.Open == 0 {
+		switch {
+		case slots > 0 && h.Reserved == 0 && h.Open == 0:
 			return slots, now
-		}
-		if now > moneyWithin {
-			l.t.Errorf("money of %d requests isn't back after %s: %+v", h.Open, now, h)
+		case now > moneyWithin:
+			l.t.Errorf("after %s these aren't back: %+v", now, h)
 			return slots, now
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
 }
 
+var lostOwner = regexp.MustCompile(`request has lost its owner.* request=(\S+) tokens=(\d+)`)
+
+// reported are the requests that a worker reports because their owner is gone, with the
+// tokens that it counted.
+func reported(t *testing.T, w *stack.Worker) map[string]int64 {
+	t.Helper()
+	reports := make(map[string]int64)
+	for _, line := range w.Log() {
+		if m := lostOwner.FindStringSubmatch(line); m != nil {
+			n, err := strconv.ParseInt(m[2], 10, 64)
+			if err != nil {
+				t.Error(err)
+			}
+			reports[m[1]] = n
+		}
+	}
+	return reports
+}
+
 const (
-	// slotsBack is within what time the slots of an edge that has died must be back, and
-	// moneyBack its money, from the end of the last of edge and run on.
-	slotsBack = 15 * time.Second
-	moneyBack = 15 * time.Second
-	// runEnds is how long a worker may take to notice that the edge is gone.
+	// backIn is within what time slots must be back from the death of an edge on, and money
+	// from the end of the last of edge and run on.
+	backIn = 15 * time.Second
+	// runEnds is how long a worker may take to notice that the edge of a run is gone.
 	runEnds = 5 * time.Second
 )
 
-// TestKilledEdgesLeakNothing kills edges in the middle of their replies, some together
-// with the worker. Slots and money are back in time, and what the workers counted is in
-// the ledger, once.
+// returns gathers how long slots and money took to come back.
+type returns struct {
+	mu    sync.Mutex
+	taken map[string][2]time.Duration
+}
+
+func (r *returns) note(kind string, slots, money time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.taken == nil {
+		r.taken = make(map[string][2]time.Duration)
+	}
+	was := r.taken[kind]
+	r.taken[kind] = [2]time.Duration{max(slots, was[0]).Round(time.Millisecond), max(money, was[1]).Round(time.Millisecond)}
+}
+
+// doom is a worker that dies together with an edge.
+type doom struct {
+	model   string
+	backend *stack.Backend
+	worker  *stack.Worker
+	again   bool // it comes back at once, as a new run of the same agent
+}
+
+// TestKilledEdgesLeakNothing kills edges in the middle of their replies, some together with
+// the worker. Slots and money are back in time, and the ledger has each request once: with
+// what the worker counted if that lived, and else with its prompt and nothing more.
 func TestKilledEdgesLeakNothing(t *testing.T) {
 	t.Parallel()
+	const kills, pace = 5, 40
 	backend := stack.StartBackend(t, demo.Options{})
 	c := stack.StartCluster(t)
-	worker := c.StartWorker(backend.URL)
 	l := openLedger(t, c.DatabaseURL)
+	worker := c.StartWorker(backend.URL)
 	setPrice(t, c, demo.ModelID, books.MicroCents)
-	const together = 5
-	var slowest struct {
-		mu           sync.Mutex
-		slots, money time.Duration
+	dooms := []*doom{{model: "doomed"}, {model: "returning", again: true}}
+	for _, d := range dooms {
+		d.backend = stack.StartBackend(t, demo.Options{Models: []schemas.Model{model(d.model, nil)}})
+		d.worker = c.StartWorker(d.backend.URL)
+		setPrice(t, c, d.model, books.MicroCents)
 	}
-	for range count(1, 10) {
-		edges := c.StartEdges(together + 2)
+	var took returns
+	killed := 0
+	for round := range count(1, 10) {
+		edges := c.StartEdges(kills + len(dooms))
 		awaitModel(t, edges, c.Key.Reveal(), demo.ModelID)
 		var deaths sync.WaitGroup
-		for _, edge := range edges[:together] {
-			long := map[string]any{"tokens_per_second": 40}
+		for _, edge := range edges[:kills] {
 			f := depart(t, c, edge, backend,
-				limited(priced(t, 3000, map[string]any{"tokens_per_second": 40, "stream": nil}), 3000))
-			_ = f
-			_ = long
+				ask{stream: true, tokens: 3000, pace: pace}, ask{stream: true, tokens: 3000, pace: pace, open: true},
+				ask{tokens: 3000, pace: pace}, ask{stream: true, tokens: 10 + rand.IntN(5*pace), pace: pace})
+			deaths.Go(func() {
+				time.Sleep(rand.N(300 * time.Millisecond))
+				since := time.Now()
+				edge.Kill()
+				slots, money := l.awaitReturn(f.key, since, backIn, runEnds+backIn)
+				took.note("edge", slots, money)
+				wantReported(t, f, l.entries(f.key), reported(t, worker))
+			})
+			killed++
+		}
+		for i, d := range dooms {
+			edge := edges[kills+i]
+			if round > 0 && !d.worker.Alive() {
+				d.worker = c.RestartWorker(d.worker.Dir, d.backend.URL)
+			}
+			awaitModel(t, []*stack.Edge{edge}, c.Key.Reveal(), d.model)
+			f := depart(t, c, edge, d.backend,
+				ask{model: d.model, stream: true, tokens: 3000, pace: pace}, ask{model: d.model, stream: true, tokens: 3000, pace: pace, open: true},
+				ask{model: d.model, tokens: 3000, pace: pace})
+			edge.Signal(syscall.SIGKILL)
+			d.worker.Kill()
+			since := time.Now()
+			if d.again {
+				d.worker = c.RestartWorker(d.worker.Dir, d.backend.URL)
+			}
+			deaths.Go(func() {
+				slots, money := l.awaitReturn(f.key, since, backIn, backIn)
+				took.note("edge and worker, "+d.model, slots, money)
+				wantPromptsOnly(t, f, l.entries(f.key))
+			})
 		}
 		deaths.Wait()
 	}
-	_ = worker
-	_ = l
-	_ = &slowest
-	_ = rand.N[int]
+	t.Logf("%d edges killed; slots and money took at most: %v", killed, took.taken)
+}
+
+// wantReported makes sure that the ledger has what the worker counted.
+func wantReported(t *testing.T, f *flight, entries map[string]entry, reports map[string]int64) {
+	t.Helper()
+	f.wantPaid(t, entries)
+	bound := int64(promptBound(t))
+	for id, e := range entries {
+		n, lost := reports[id]
+		if lost && n != e.Completion || !lost && e.Outcome != "done" || e.Prompt != bound {
+			t.Errorf("ledger has %+v, the worker counted %d, with a prompt of %d; reported: %v", e, n, bound, lost)
+		}
+	}
+}
+
+// wantPromptsOnly makes sure that the ledger has nothing but prompts.
+func wantPromptsOnly(t *testing.T, f *flight, entries map[string]entry) {
+	t.Helper()
+	f.land()
+	if len(entries) != len(f.taps) {
+		t.Errorf("the ledger has %d requests, want %d", len(entries), len(f.taps))
+	}
+	bound := int64(promptBound(t))
+	for _, e := range entries {
+		if e.Prompt != bound || e.Completion != 0 || e.Cost != bound*books.MicroCents/1000 {
+			t.Errorf("ledger has %+v, want a prompt of %d and nothing more", e, bound)
+		}
+	}
+}
+
+// freeze stops a process, and returns what lets it go on.
+func freeze(t *testing.T, p *stack.Process) (thaw func()) {
+	thaw = sync.OnceFunc(func() { p.Signal(syscall.SIGCONT) })
+	t.Cleanup(thaw) // before it is asked to end, which it would have to hear
+	p.Signal(syscall.SIGSTOP)
+	return thaw
+}
+
+// TestFrozenEdgesDeliverNothingUnbilled stops edges in the middle of their replies, and lets
+// them go on: before their lease has lapsed, after it was taken away, and after the worker
+// has reported what it counted. No client gets a token that nobody is charged for.
+func TestFrozenEdgesDeliverNothingUnbilled(t *testing.T) {
+	t.Parallel()
+	const pace = 20
+	backend := stack.StartBackend(t, demo.Options{})
+	c := stack.StartCluster(t)
+	l := openLedger(t, c.DatabaseURL)
+	c.StartWorker(backend.URL)
+	setPrice(t, c, demo.ModelID, books.MicroCents)
+	edges := c.StartEdges(3)
+	awaitModel(t, edges, c.Key.Reveal(), demo.ModelID)
+	long := []ask{{stream: true, tokens: 2000, pace: pace}, {stream: true, tokens: 2000, pace: pace, open: true}, {tokens: 2000, pace: pace}}
+	short := []ask{{stream: true, tokens: 6 * pace, pace: pace}, {stream: true, tokens: 6 * pace, pace: pace, open: true}, {tokens: 6 * pace, pace: pace}}
+	var freezes sync.WaitGroup
+	for i, test := range []struct {
+		name string
+		asks []ask
+		over func(holding) bool // when the edge may go on; nil: soon
+	}{
+		{"within its lease", short, nil},
+		{"after its lease", long, func(h holding) bool { return h.InFlight == 0 }},
+		{"after the report of the worker", long, func(h holding) bool { return h.Open == 0 }},
+	} {
+		f := depart(t, c, edges[i], backend, test.asks...)
+		thaw := freeze(t, edges[i].Process)
+		frozen := time.Now()
+		freezes.Go(func() {
+			if test.over == nil {
+				time.Sleep(3 * time.Second)
+			} else {
+				for h, err := l.look(context.Background(), f.key); err == nil && !test.over(h) && time.Since(frozen) < time.Minute; h, err = l.look(context.Background(), f.key) {
+					time.Sleep(20 * time.Millisecond)
+				}
+			}
+			before := 0
+			for _, p := range f.taps {
+				before += int(p.tokens.Load())
+			}
+			open, err := l.look(context.Background(), f.key)
+			if err != nil {
+				t.Error(err)
+			}
+			thaw()
+			thawed := time.Now()
+			f.land()
+			for _, p := range f.taps {
+				switch {
+				case test.over == nil:
+					if got := tokensOf(p.reply.text); got != p.ask.tokens || !p.reply.done {
+						t.Errorf("%s: a reply has %d of %d tokens; %+v", test.name, got, p.ask.tokens, p.reply.err)
+					}
+				case p.reply.done || p.reply.broken == nil && p.reply.code() != string(schemas.CodeInternalError):
+					t.Errorf("%s: a reply ended with done %v, error %+v", test.name, p.reply.done, p.reply.err)
+				}
+			}
+			entries := l.wantClosed(f.key, backIn)
+			f.wantPaid(t, entries)
+			got, paid := 0, int64(0)
+			for _, p := range f.taps {
+				got += tokensOf(p.reply.text)
+				paid += entries[p.reply.request()].Completion
+			}
+			t.Logf("%s: frozen for %s with %d of %d requests open at its end; clients got %d tokens before and %d after, and ended %s after; charged are %d",
+				test.name, thawed.Sub(frozen).Round(time.Millisecond), open.Open, len(f.taps), before, got-before, time.Since(thawed).Round(time.Millisecond), paid)
+		})
+	}
+	freezes.Wait()
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
@@ -12,6 +13,7 @@ import (
 	"github.com/tidwall/gjson"
 
 	"github.com/ownllm/ownllm/schemas"
+	"github.com/ownllm/ownllm/worker/demo"
 )
 
 func userBody(text string) []byte {
@@ -68,6 +70,18 @@ func TestCountPrompt(t *testing.T) {
 			t.Error("an answer without a count gives no error")
 		}
 	})
+	t.Run("demo", func(t *testing.T) {
+		s := httptest.NewServer(demo.New(demo.Options{}))
+		defer s.Close()
+		b := probe(t, Config{URL: s.URL})
+		if n, err := b.CountPrompt(t.Context(), "demo", userBody("one two")); n != 5 || err != nil {
+			t.Errorf("%d, %v", n, err)
+		}
+		body := []byte(`{"messages":[{"role":"user","content":"a"}],"demo":{"prompt_tokens":17}}`)
+		if n, err := b.CountPrompt(t.Context(), "demo", body); n != 17 || err != nil {
+			t.Errorf("stated: %d, %v", n, err)
+		}
+	})
 	t.Run("unsupported", func(t *testing.T) {
 		f := newOllama(t)
 		b := probe(t, Config{URL: f.URL})
@@ -93,6 +107,32 @@ func TestCheckContext(t *testing.T) {
 		}
 		if f.count("POST /v1/chat/completions/input_tokens") != 0 {
 			t.Error("it was counted")
+		}
+	})
+	t.Run("unless it is to be", func(t *testing.T) {
+		f := newLlama(t)
+		b := probe(t, Config{URL: f.URL})
+		short := userBody("hi")
+		for _, window := range []bool{false, true} {
+			if window {
+				models(t, b)
+			}
+			f.set("POST /v1/chat/completions/input_tokens", says(200, `{"input_tokens":42}`))
+			if n, err := b.CheckContext(t.Context(), "smol", short, true); n != 42 || err != nil {
+				t.Errorf("window known: %t: %d, %v", window, n, err)
+			}
+			f.set("POST /v1/chat/completions/input_tokens", says(500, ``))
+			if n, err := b.CheckContext(t.Context(), "smol", short, true); n != 0 || err != nil {
+				t.Errorf("a count that fails is no error: %d, %v", n, err)
+			}
+		}
+		image := []byte(`{"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"data:x"}}]}]}`)
+		if n, err := b.CheckContext(t.Context(), "smol", image, true); n != 0 || err != nil {
+			t.Errorf("an image: %d, %v", n, err)
+		}
+		b = probe(t, Config{URL: newOllama(t).URL})
+		if n, err := b.CheckContext(t.Context(), "llama3.2:latest", short, true); n != 0 || err != nil {
+			t.Errorf("Ollama can't tell: %d, %v", n, err)
 		}
 	})
 	t.Run("llama.cpp", func(t *testing.T) {
