@@ -78,6 +78,11 @@ fuzz: ## every fuzz target, for FUZZTIME (10s) each
 bench: ## what the broker costs: requests against direct ones, admissions against bare UPDATEs
 	go run ./internal/bench $(ARGS)
 
+.PHONY: chaos
+chaos: ## limits under load, edges killed and frozen, the database gone: as often as it takes to believe it
+	OWNLLM_FULL=1 $(TEST) -race -v -timeout 60m ./internal/e2e \
+		-run 'TestLimitsOverThreeEdges|TestEveryTokenIsAccountedFor|TestKilledEdgesLeakNothing|TestFrozenEdgesDeliverNothingUnbilled|TestPostgresAway'
+
 .PHONY: clean
 clean: ## remove what was built and installed here
 	rm -rf ownllm .bin scripts/.venv scripts/sdk/node/node_modules
