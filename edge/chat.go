@@ -2,6 +2,7 @@ package edge
 
 import (
 	"context"
+	"strconv"
 	"time"
 
 	"github.com/gofiber/fiber/v2"
@@ -71,13 +72,40 @@ func (e *Edge) admit(ctx context.Context, c *fiber.Ctx, in *call) (dispatch.Requ
 	if err := req.CheckModel(model); err != nil {
 		return none, schemas.Model{}, err
 	}
+	wait, err := loadWait(c.Get(headerWait))
+	if err != nil {
+		return none, schemas.Model{}, err
+	}
 	return dispatch.Request{
-		ID: in.id, Tenant: id.Tenant, Key: id.Key, Operation: operationChat,
+		LoadWait: wait,
+		ID:       in.id, Tenant: id.Tenant, Key: id.Key, Operation: operationChat,
 		Model: req.Model, Body: body, Stream: req.Stream, IncludeUsage: req.IncludeUsage,
 		Continuable: req.Continuable(),
 		Prompt: req.PromptBound(), Limit: req.ReplyLimit(), Most: req.MostTokens(model),
 		Received: in.received,
 	}, model, nil
+}
+
+// headerWait is how a client says for how long it waits for a model that isn't in memory,
+// instead of the time that the edge would wait by itself: "30s", or a number of seconds.
+const headerWait = "X-OwnLLM-Wait"
+
+// maxLoadWait bounds that; the deadline of the whole request does, too.
+const maxLoadWait = time.Hour
+
+func loadWait(value string) (*time.Duration, error) {
+	if value == "" {
+		return nil, nil
+	}
+	wait, err := time.ParseDuration(value)
+	if seconds, bare := strconv.Atoi(value); bare == nil {
+		wait, err = time.Duration(min(max(seconds, -1), int(2*maxLoadWait/time.Second)))*time.Second, nil
+	}
+	if err != nil || wait < 0 || wait > maxLoadWait {
+		return nil, schemas.Errorf(schemas.CodeInvalidValue,
+			"The header %s has to be a time like 30s, or a number of seconds, from 0 to %d.", headerWait, int(maxLoadWait/time.Second)).WithParam(headerWait)
+	}
+	return &wait, nil
 }
 
 // watched is a reply on its way to a client. It is the body of a streamed response:

@@ -40,7 +40,7 @@ func (e *Edge) listModels(c *fiber.Ctx) error {
 	id := in.identity
 	models, reachable := e.Agents.Models(id.Tenant)
 	if !reachable {
-		return e.unreachable("")
+		return e.unreachable(id.Tenant, "")
 	}
 	list := struct {
 		Object string       `json:"object"`
@@ -73,7 +73,7 @@ func (e *Edge) getModel(c *fiber.Ctx) error {
 		return err
 	}
 	if _, reachable := e.Agents.Models(id.Tenant); !reachable {
-		return e.unreachable(name)
+		return e.unreachable(id.Tenant, name)
 	}
 	return c.JSON(entry(m))
 }
@@ -91,14 +91,14 @@ func (e *Edge) findModel(id books.Identity, name string) (schemas.Model, error) 
 	}
 	// Nobody can be said not to exist by an edge that has heard nobody yet.
 	if !e.Feed.Ready() {
-		return schemas.Model{}, e.unreachable(name)
+		return schemas.Model{}, e.unreachable(id.Tenant, name)
 	}
 	return schemas.Model{}, presence.NotFound(name)
 }
 
 // unreachable says why no agent can be asked: because all are away, or because this
 // edge itself is cut off.
-func (e *Edge) unreachable(model string) error {
+func (e *Edge) unreachable(tenant schemas.TenantID, model string) error {
 	if !e.Feed.Connected() {
 		return schemas.Errorf(schemas.CodeInternalError,
 			"This server has lost its message bus and can't reach any GPU machine. Try again in a few seconds.").WithRetryAfter(learnWait)
@@ -107,5 +107,5 @@ func (e *Edge) unreachable(model string) error {
 		return schemas.Errorf(schemas.CodeInternalError,
 			"This server has just started and doesn't know the GPU machines yet. Try again in a few seconds.").WithRetryAfter(learnWait)
 	}
-	return presence.Offline(model)
+	return e.Agents.Away(tenant, model)
 }

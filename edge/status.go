@@ -111,6 +111,8 @@ func (e *Edge) queued(ctx context.Context, agents []presence.AgentStatus) map[st
 
 func agentState(a presence.AgentStatus, now time.Time) string {
 	switch {
+	case a.Aside:
+		return adminapi.AgentTunnelDown
 	case a.State == "":
 		return adminapi.AgentOffline
 	case a.State == schemas.AgentDraining:

@@ -47,7 +47,7 @@ var wire = map[string]struct{ full, minimal any }{
 	"heartbeat":    {Heartbeat{ProtocolVersion, NewIncarnation(), AgentUp, "h", &Inventory{Models: []Model{fullModel}}, "gpu-1", 1, 1, 1}, Heartbeat{Version: ProtocolVersion, Incarnation: NewIncarnation(), State: AgentBye, Hash: "h"}},
 	"hello":        {Hello{ProtocolVersion, NewIncarnation(), "s", "h", Inventory{Models: []Model{fullModel}}}, Hello{Version: ProtocolVersion, Incarnation: NewIncarnation()}},
 	"welcome":      {Welcome{JobStream, map[string]string{"m": "c"}, fullError}, Welcome{Stream: JobStream}},
-	"control":      {Control{ControlLimit, NewNonce(), ReasonCancelled, 1, true}, Control{Operation: ControlInventory}},
+	"control":      {Control{ControlLimit, NewNonce(), ReasonCancelled, NewIncarnation(), 1, true}, Control{Operation: ControlInventory}},
 	"body-request": {BodyRequest{1}, BodyRequest{}},
 	"usage-report": {UsageReport{ProtocolVersion, NewRequestID(), 1, Usage{1, 1}}, UsageReport{Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1}},
 }

@@ -118,6 +118,8 @@ const (
 	ControlCancel = "cancel"
 	// ControlLimit tells the run of one attempt how many tokens its reply may have now.
 	ControlLimit = "limit"
+	// ControlReplaced names the newest run of the agent; an older one stops.
+	ControlReplaced = "replaced"
 	// ControlInventory asks for the full heartbeat, inventory included.
 	ControlInventory = "inventory"
 )
@@ -127,6 +129,8 @@ type Control struct {
 	Operation string `json:"operation"`
 	Nonce     Nonce  `json:"nonce,omitempty"`
 	Reason    string `json:"reason,omitempty"`
+	// Incarnation is that of the newest run.
+	Incarnation Incarnation `json:"incarnation,omitempty"`
 	// Limit and More are those of a Verdict.
 	Limit int64 `json:"limit,omitempty"`
 	More  bool  `json:"more,omitempty"`

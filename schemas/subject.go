@@ -73,6 +73,15 @@ func HeartbeatSubject(t TenantID, a AgentID) string {
 // HeartbeatWildcard is ownllm.v1.hb.>: every heartbeat.
 const HeartbeatWildcard = Prefix + "hb.>"
 
+// AsideSubject is ownllm.v1.aside.<tenant>.<agent>: a heartbeat that a worker sent over
+// HTTPS, because it has no link to the bus, from the edge that got it to every other.
+func AsideSubject(t TenantID, a AgentID) string {
+	return Prefix + "aside." + EncodeToken(string(t)) + "." + EncodeToken(string(a))
+}
+
+// AsideWildcard is ownllm.v1.aside.*.*: every heartbeat over HTTPS.
+const AsideWildcard = Prefix + "aside.*.*"
+
 // HelloSubject is ownllm.v1.hello.<tenant>.<agent>: a worker tells the brokers, by
 // request, which models it offers, and hears which consumers to pull from.
 func HelloSubject(t TenantID, a AgentID) string {
@@ -91,7 +100,7 @@ func ParseAgentSubject(subject string) (TenantID, AgentID, error) {
 		return "", "", fmt.Errorf("subject %q is outside %q", subject, Prefix)
 	}
 	kind, rest, ok := strings.Cut(rest, ".")
-	if !ok || kind != "hb" && kind != "hello" && kind != "usage" {
+	if !ok || kind != "hb" && kind != "hello" && kind != "usage" && kind != "aside" {
 		return "", "", fmt.Errorf("subject %q isn't of an agent", subject)
 	}
 	return parseAgent(rest)

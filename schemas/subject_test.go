@@ -32,6 +32,7 @@ func TestSubjects(t *testing.T) {
 		ControlSubject(agent):                         "ownllm.v1.ctl.agt_2",
 		HeartbeatSubject(tenant, agent):               "ownllm.v1.hb.ten_1.agt_2",
 		HelloSubject(tenant, agent):                   "ownllm.v1.hello.ten_1.agt_2",
+		AsideSubject(tenant, agent):                   "ownllm.v1.aside.ten_1.agt_2",
 		UsageSubject(tenant, agent):                   "ownllm.v1.usage.ten_1.agt_2",
 		AgentInbox("_INBOX.abc", tenant, agent):       "_INBOX.abc.ten_1.agt_2",
 		HeartbeatWildcard:                             "ownllm.v1.hb.>",
@@ -62,6 +63,7 @@ func TestSubjectsOfHostileNames(t *testing.T) {
 				{ControlSubject(agent), 4, ""},
 				{HeartbeatSubject(tenant, agent), 5, HeartbeatWildcard},
 				{HelloSubject(tenant, agent), 5, HelloWildcard},
+				{AsideSubject(tenant, agent), 5, AsideWildcard},
 				{UsageSubject(tenant, agent), 5, UsageSubjects},
 				{AgentInbox("_INBOX.abc", tenant, agent), 4, "_INBOX.abc.*.*"},
 			} {
@@ -112,7 +114,7 @@ func TestAgentSubjectsParse(t *testing.T) {
 	for _, x := range hostile {
 		for _, y := range hostile {
 			tenant, agent := TenantID(x), AgentID(y)
-			for _, subject := range []string{HeartbeatSubject(tenant, agent), HelloSubject(tenant, agent), UsageSubject(tenant, agent)} {
+			for _, subject := range []string{HeartbeatSubject(tenant, agent), HelloSubject(tenant, agent), AsideSubject(tenant, agent), UsageSubject(tenant, agent)} {
 				gotTenant, gotAgent, err := ParseAgentSubject(subject)
 				if err != nil || gotTenant != tenant || gotAgent != agent {
 					t.Errorf("ParseAgentSubject(%q) = %q, %q, %v", subject, gotTenant, gotAgent, err)
@@ -183,7 +185,7 @@ func FuzzParseAgentSubject(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if subject != HeartbeatSubject(tenant, agent) && subject != HelloSubject(tenant, agent) && subject != UsageSubject(tenant, agent) {
+		if subject != HeartbeatSubject(tenant, agent) && subject != HelloSubject(tenant, agent) && subject != AsideSubject(tenant, agent) && subject != UsageSubject(tenant, agent) {
 			t.Errorf("%q means tenant %q and agent %q, whose subjects are others", subject, tenant, agent)
 		}
 	})

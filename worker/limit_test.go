@@ -378,23 +378,29 @@ func TestCountThatFails(t *testing.T) {
 func TestReplyThatIsPaidFor(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
-		name          string
-		purse, tokens int
-		finish        string
+		name                 string
+		purse, chunk, tokens int
+		finish               string
 	}{
-		{"all of it", 9000, 4000, "stop"},
-		{"what the purse has", 2500, 2500, "length"},
-		{"less than is given at first", 100, 100, "length"},
+		{"all of it", 9000, 1, 4000, "stop"},
+		{"what the purse has", 2500, 1, 2500, "length"},
+		{"less than is given at first", 100, 1, 100, "length"},
+		{"chunks of more than is given at first", 9000, 3000, 4000, "stop"},
+		{"a chunk that the purse hasn't all of", 2500, 2000, 2000, "length"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			h, _ := one(t, demo.Options{}, 1)
 			h.books.Set(func() { h.books.Price, h.books.Purse = 1, int64(c.purse) })
-			req := request("demo", true, numbered(4000, 0))
+			req := request("demo", true, with(numbered(4000, 0), "tokens_per_chunk", c.chunk))
+			began := time.Now()
 			ch := h.start(req)
 			ch.wantNumbered(c.tokens)
 			if !strings.Contains(ch.body.String(), `"finish_reason":"`+c.finish+`"`) {
 				t.Errorf("it doesn't end with %q", c.finish)
+			}
+			if took := time.Since(began); took > 4*time.Second {
+				t.Errorf("it took %s", took)
 			}
 			if got := h.books.Charged(t, req.ID); got.Completion != int64(c.tokens) || got.Prompt == nil || *got.Prompt == 0 {
 				t.Errorf("charged %+v, want %d tokens", got, c.tokens)

@@ -108,6 +108,11 @@ func (w *Worker) control(m *nats.Msg) {
 		if r != nil {
 			r.allowance.set(c.Limit, c.More)
 		}
+	case schemas.ControlReplaced:
+		if c.Incarnation > w.incarnation {
+			w.log.Error("another worker of this agent was started later and has taken over; this one stops")
+			signal(w.replaced)
+		}
 	case schemas.ControlInventory:
 		_, inventory := w.stock.inventory()
 		w.respond(m, w.heartbeat(w.currentState(), inventory).Encode())

@@ -61,6 +61,7 @@ type Worker struct {
 	inbox       string        // verdicts come to inbox.<run>
 	introduce   chan struct{} // holds one token: a hello is due
 	reconnected chan struct{} // likewise: the bus is back
+	replaced    chan struct{} // likewise: a newer run of the agent has taken over
 
 	mu    sync.Mutex
 	state schemas.AgentState
@@ -76,6 +77,7 @@ func New(tokens, bulk *nats.Conn, cfg Config, log *slog.Logger) *Worker {
 		log: log.With("agent", cfg.Agent), inbox: tokens.NewInbox(),
 		introduce:   make(chan struct{}, 1),
 		reconnected: make(chan struct{}, 1),
+		replaced:    make(chan struct{}, 1),
 		state:       schemas.AgentUp,
 		runs:        make(map[schemas.Nonce]*run),
 		byRun:       make(map[string]*run),
@@ -96,7 +98,7 @@ var (
 	errLate      = errors.New("the deadline of the request has passed")
 )
 
-// Run serves until ctx ends, then drains: it takes nothing new, finishes what it
+// Run serves until ctx ends or a newer run of the agent takes over, then drains: it takes nothing new, finishes what it
 // runs within cfg.Drain, says goodbye and returns.
 func (w *Worker) Run(ctx context.Context) error {
 	// Jobs, and what they need to report, outlive ctx by the drain.
@@ -128,6 +130,16 @@ func (w *Worker) Run(ctx context.Context) error {
 	background.Go(func() error { return w.reports.run(bgCtx) })
 	background.Go(func() error { return w.watchStock(bgCtx) })
 	background.Go(func() error { return w.stock.waitLoads(bgCtx) })
+	ctx, end := context.WithCancel(ctx)
+	defer end()
+	background.Go(func() error {
+		select {
+		case <-w.replaced:
+			end()
+		case <-bgCtx.Done():
+		}
+		return nil
+	})
 
 	var jobs sync.WaitGroup
 	pulls := w.introduceAndPull(ctx, life, &jobs)

@@ -84,6 +84,9 @@ type Request struct {
 	// the reply, 0 if it doesn't say, and Most how many it can have because of the model's
 	// context window, 0 if that isn't known.
 	Prompt, Limit, Most int64
+	// LoadWait is how long the request waits for a model that isn't in memory; nil stands
+	// for Config.ColdWait.
+	LoadWait *time.Duration
 	// Received is when the request came in; the deadlines count from it.
 	Received time.Time
 }
@@ -377,6 +380,9 @@ func (r *Reply) publish(choice presence.Choice, ends uint64) error {
 		Stream: r.req.Stream, IncludeUsage: r.req.IncludeUsage,
 		Completion: r.req.ID.CompletionID(), Created: r.req.Received.Unix(), ReplyModel: r.req.Model,
 		Count: r.bill.grant.Rate.HasBudget, Continue: r.from,
+	}
+	if r.req.LoadWait != nil {
+		job.ColdWait = r.req.LoadWait.Milliseconds()
 	}
 	if !r.inline() {
 		job.BodySize = len(r.req.Body)

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/ownllm/ownllm/broker/dispatch"
-	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -343,7 +342,7 @@ func TestAgentGoesWhileItIsChosen(t *testing.T) {
 		if err == nil {
 			wantError(t, reply, schemas.CodeAgentOffline)
 			reply.Close()
-		} else if !errors.Is(err, presence.Offline(model)) {
+		} else if !errors.Is(err, &schemas.Error{Code: schemas.CodeAgentOffline}) {
 			t.Fatal(err)
 		}
 		ends.Wait()

@@ -3,6 +3,7 @@ package presence
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync/atomic"
@@ -79,6 +80,13 @@ func (f *Feed) Run(ctx context.Context) error {
 	}
 	defer echoSub.Unsubscribe()
 
+	asides := make(chan *nats.Msg, 256)
+	asideSub, err := f.nc.ChanSubscribe(schemas.AsideWildcard, asides)
+	if err != nil {
+		return fmt.Errorf("listen to heartbeats over HTTPS: %w", err)
+	}
+	defer asideSub.Unsubscribe()
+
 	started := time.Now()
 	echoed := started // when the last echo that came back was sent
 	hears := true
@@ -91,6 +99,8 @@ func (f *Feed) Run(ctx context.Context) error {
 			return nil
 		case m := <-beats:
 			f.heard(m, inbox)
+		case m := <-asides:
+			f.heardAside(m)
 		case m := <-answers:
 			f.answered(m, inbox)
 		case m := <-echoes:
@@ -127,13 +137,56 @@ func (f *Feed) heard(m *nats.Msg, inbox string) {
 	f.observe(tenant, id, m.Data, inbox)
 }
 
-func (f *Feed) observe(tenant schemas.TenantID, id schemas.AgentID, data []byte, inbox string) {
-	var hb schemas.Heartbeat
-	if err := json.Unmarshal(data, &hb); err != nil || hb.Version != schemas.ProtocolVersion || !meaningful(&hb) {
-		f.log.Warn("heartbeat dropped", "agent", id, "version", hb.Version, "state", hb.State, "error", err)
+// Aside passes on a heartbeat that came over HTTPS to this edge, to all others and to
+// itself. The error is a *schemas.Error if the heartbeat makes no sense.
+func (f *Feed) Aside(tenant schemas.TenantID, id schemas.AgentID, data []byte) error {
+	hb, err := decode(data)
+	if err != nil {
+		return schemas.Errorf(schemas.CodeInvalidValue, "This isn't a heartbeat of protocol version %d: %v.", schemas.ProtocolVersion, err)
+	}
+	f.table.ObserveAside(tenant, id, hb, time.Now()) // this edge may be off the bus itself
+	if err := f.nc.Publish(schemas.AsideSubject(tenant, id), data); err != nil && !bus.Down(err) {
+		f.log.Warn("heartbeat over HTTPS not passed on", "agent", id, "error", err)
+	}
+	return nil
+}
+
+func (f *Feed) heardAside(m *nats.Msg) {
+	tenant, id, err := schemas.ParseAgentSubject(m.Subject)
+	if err != nil {
+		f.log.Warn("heartbeat dropped", "error", err)
 		return
 	}
-	if f.table.Observe(tenant, id, &hb, time.Now()) && inbox != "" {
+	hb, err := decode(m.Data)
+	if err != nil {
+		f.log.Warn("heartbeat dropped", "agent", id, "error", err)
+		return
+	}
+	f.table.ObserveAside(tenant, id, hb, time.Now())
+}
+
+// decode reads a heartbeat and checks that it makes sense.
+func decode(data []byte) (*schemas.Heartbeat, error) {
+	var hb schemas.Heartbeat
+	if err := json.Unmarshal(data, &hb); err != nil {
+		return nil, errors.New("it isn't valid JSON")
+	}
+	if hb.Version != schemas.ProtocolVersion {
+		return nil, fmt.Errorf("its version is %d", hb.Version)
+	}
+	if !meaningful(&hb) {
+		return nil, fmt.Errorf("it names no run, or has the unknown state %q", hb.State)
+	}
+	return &hb, nil
+}
+
+func (f *Feed) observe(tenant schemas.TenantID, id schemas.AgentID, data []byte, inbox string) {
+	hb, err := decode(data)
+	if err != nil {
+		f.log.Warn("heartbeat dropped", "agent", id, "error", err)
+		return
+	}
+	if f.table.Observe(tenant, id, hb, time.Now()) && inbox != "" {
 		f.ask(tenant, id, inbox)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -53,6 +54,7 @@ type modelAgent struct {
 	state    schemas.AgentState
 	finished bool // run has said bye
 	seen     time.Time
+	aside    time.Time // heard of over HTTPS
 	hash     string
 	stock    []schemas.Model
 	load     load
@@ -60,6 +62,8 @@ type modelAgent struct {
 }
 
 func (a *modelAgent) here() bool { return a.state != "" }
+
+func (a *modelAgent) tunnelDown() bool { return !a.here() && !a.aside.IsZero() }
 
 func (a *modelAgent) model(id string) *schemas.Model {
 	if i := slices.IndexFunc(a.stock, func(m schemas.Model) bool { return m.ID == id }); i >= 0 {
@@ -136,10 +140,10 @@ func (m *machine) Heartbeat(t *rapid.T) {
 	var ask, wantAsk bool
 	m.change(t, func() { ask = m.table.Observe(tenant, id, hb, m.now) }, func() {
 		a := m.add(tenant, id)
-		zombie := hb.Incarnation < a.run && (a.here() || m.now.Before(a.seen.Add(10*time.Second)))
-		if zombie || hb.Incarnation == a.run && a.finished {
+		if m.zombie(a, hb) {
 			return
 		}
+		a.aside = time.Time{}
 		a.run, a.seen, a.load = hb.Incarnation, m.now, load{hb.Running, hb.Waiting, hb.Slots}
 		if a.finished = hb.State == schemas.AgentBye; a.finished {
 			a.state = ""
@@ -154,6 +158,32 @@ func (m *machine) Heartbeat(t *rapid.T) {
 	if ask != wantAsk {
 		t.Fatalf("Observe asks: %v, want %v", ask, wantAsk)
 	}
+}
+
+// zombie reports whether a heartbeat is of a run that is over.
+func (m *machine) zombie(a *modelAgent, hb *schemas.Heartbeat) bool {
+	older := hb.Incarnation < a.run && (a.here() || m.now.Before(a.seen.Add(10*time.Second)))
+	return older || hb.Incarnation == a.run && a.finished
+}
+
+func (m *machine) Aside(t *rapid.T) {
+	tenant, id := someTenants.Draw(t, "tenant"), someAgents.Draw(t, "agent")
+	hb := &schemas.Heartbeat{Incarnation: someRuns.Draw(t, "run"), State: someStates.Draw(t, "state"), Hash: someHashes.Draw(t, "hash")}
+	if rapid.Bool().Draw(t, "has inventory") {
+		hb.Inventory = someStocks.Draw(t, "inventory")
+	}
+	m.change(t, func() { m.table.ObserveAside(tenant, id, hb, m.now) }, func() {
+		a := m.add(tenant, id)
+		if m.zombie(a, hb) {
+			return
+		}
+		if a.aside = m.now; hb.State == schemas.AgentBye {
+			a.aside = time.Time{}
+		}
+		if !a.here() && hb.Inventory != nil {
+			a.stock, a.hash = hb.Inventory.Models, ""
+		}
+	})
 }
 
 func (m *machine) Lost(t *rapid.T) {
@@ -175,6 +205,9 @@ func (m *machine) Expire(t *rapid.T) {
 		for _, a := range m.agents {
 			if m.now.After(a.seen.Add(StaleAfter)) {
 				a.state = ""
+			}
+			if m.now.After(a.aside.Add(StaleAfter)) {
+				a.aside = time.Time{}
 			}
 		}
 	})
@@ -240,13 +273,15 @@ func (m *machine) Route(t *rapid.T) {
 		exclude[id] = true
 	}
 	var able []*modelAgent
-	known, failed := false, false
+	known, failed, draining, aside := false, false, false, false
 	for _, a := range m.agents {
 		have := a.model(model)
 		if a.tenant != tenant || have == nil {
 			continue
 		}
 		known = true
+		aside = aside || a.tunnelDown()
+		draining = draining || !exclude[a.id] && a.state == schemas.AgentDraining
 		if exclude[a.id] || a.state != schemas.AgentUp {
 			continue
 		}
@@ -276,6 +311,9 @@ func (m *machine) Route(t *rapid.T) {
 		want = schemas.CodeModelNotFound
 	case failed:
 		want = schemas.CodeBackendError
+	case draining:
+	case aside:
+		want = schemas.CodeTunnelDown
 	}
 	if !errors.Is(err, &schemas.Error{Code: want}) {
 		t.Fatalf("Route is %+v, %v, want %s", got, err, want)
@@ -286,7 +324,7 @@ func (m *machine) Route(t *rapid.T) {
 func (m *machine) Check(t *rapid.T) {
 	var want []AgentStatus
 	for _, a := range m.agents {
-		s := AgentStatus{a.tenant, a.id, a.name, a.run, a.state, a.seen, a.load.running, a.load.waiting, a.load.slots, a.stock}
+		s := AgentStatus{a.tenant, a.id, a.name, a.run, a.state, a.tunnelDown(), a.seen, a.load.running, a.load.waiting, a.load.slots, a.stock}
 		if !a.here() {
 			s.Running, s.Waiting = 0, 0
 		}
@@ -327,6 +365,20 @@ func (m *machine) checkTenant(t *rapid.T, tenant schemas.TenantID) {
 		return slices.MinFunc(list, func(a, b *modelAgent) int {
 			return cmp.Or(cmp.Compare(slices.Index(rank, a.model(id).State), slices.Index(rank, b.model(id).State)), cmp.Compare(a.id, b.id))
 		}).model(id)
+	}
+	down := func(model string) bool {
+		return slices.ContainsFunc(m.agents, func(a *modelAgent) bool {
+			return a.tenant == tenant && a.tunnelDown() && (model == "" || a.model(model) != nil)
+		})
+	}
+	for _, id := range []string{"", "m"} {
+		want := schemas.CodeAgentOffline
+		if down(id) {
+			want = schemas.CodeTunnelDown
+		}
+		if err := m.table.Away(tenant, id); err.Code != want || err.RetryAfter == 0 || strings.Contains(err.Message, `""`) {
+			t.Fatalf("Away(%s, %q) is %v, want %s", tenant, id, err, want)
+		}
 	}
 	wantReachable := slices.ContainsFunc(m.agents, func(a *modelAgent) bool { return a.tenant == tenant && a.here() })
 	var wantModels []schemas.Model

@@ -22,21 +22,23 @@ type Choice struct {
 // gets model_loading instead, its worker decides.
 //
 // When nobody can, the error says why, in this order: nobody has ever had the model
-// (model_not_found), its backend is down on an agent that is here (backend_error), or
-// those who have it are away or on their way out (agent_offline).
+// (model_not_found), its backend is down on an agent that is here (backend_error), those
+// who have it are on their way out (agent_offline), one of them is running, and only its
+// link to the bus is down (tunnel_down), or they are away (agent_offline).
 func (t *Table) Route(tenant schemas.TenantID, model string, exclude map[schemas.AgentID]bool) (Choice, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var best *agent
 	var bestModel *schemas.Model
 	var failed *schemas.Model
-	known, draining := false, false
+	known, draining, aside := false, false, false
 	for _, a := range t.tenants[tenant] {
 		m := a.find(model)
 		if m == nil {
 			continue
 		}
 		known = true
+		aside = aside || a.state == "" && !a.aside.IsZero()
 		if exclude[a.id] || a.state == "" {
 			continue
 		}
@@ -64,7 +66,21 @@ func (t *Table) Route(tenant schemas.TenantID, model string, exclude map[schemas
 		return Choice{}, schemas.Errorf(schemas.CodeAgentOffline,
 			"The GPU machine that serves %q is shutting down. Try again in a few seconds, or look at `ownllm status`.", model).WithRetryAfter(5 * time.Second)
 	}
-	return Choice{}, Offline(model)
+	return Choice{}, away(model, aside)
+}
+
+// Away says why no agent of the tenant that has the model can be asked; an empty model
+// stands for all.
+func (t *Table) Away(tenant schemas.TenantID, model string) *schemas.Error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	aside := false
+	for _, a := range t.tenants[tenant] {
+		if model == "" || a.find(model) != nil {
+			aside = aside || a.state == "" && !a.aside.IsZero()
+		}
+	}
+	return away(model, aside)
 }
 
 // NotFound is the error for a model that no agent of the tenant has.
@@ -73,9 +89,17 @@ func NotFound(model string) *schemas.Error {
 		"The model %q doesn't exist on any of your GPU machines. GET /v1/models lists what there is.", model).WithParam("model")
 }
 
-// Offline is the error for a model whose agents are all away; an empty model stands
-// for all models of the tenant.
-func Offline(model string) *schemas.Error {
+// away is the error for a model whose agents are all away; an empty model stands for all
+// models of the tenant. aside says that one of them is heard of over HTTPS.
+func away(model string, aside bool) *schemas.Error {
+	if aside {
+		what := "A GPU machine of yours"
+		if model != "" {
+			what = fmt.Sprintf("The GPU machine that serves %q", model)
+		}
+		return schemas.Errorf(schemas.CodeTunnelDown,
+			"%s is running and reaches this server over HTTPS, but its connection to the message bus is down. It keeps trying; if that lasts, look at the worker's log and at the way from there to NATS.", what).WithRetryAfter(5 * time.Second)
+	}
 	what := "No GPU machine of yours is connected"
 	if model != "" {
 		what = fmt.Sprintf("No GPU machine that serves %q is connected", model)

@@ -43,6 +43,7 @@ type agent struct {
 	state       schemas.AgentState // "" while the agent is away
 	bye         bool               // the incarnation has said its last word
 	lastSeen    time.Time
+	aside       time.Time // when it was last heard of over HTTPS; zero: not lately
 	hash        string
 	models      []schemas.Model
 	running     int
@@ -129,6 +130,7 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 		before = ""
 	}
 	a.incarnation, a.lastSeen, a.bye = hb.Incarnation, now, hb.State == schemas.AgentBye
+	a.aside = time.Time{}
 	a.running, a.waiting, a.slots = hb.Running, hb.Waiting, hb.Slots
 	switch hb.State {
 	case schemas.AgentBye:
@@ -152,6 +154,23 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 	t.mu.Unlock()
 	t.tell(gone)
 	return ask
+}
+
+// ObserveAside takes in a heartbeat that came over HTTPS, which a worker sends only while
+// it has no link to the bus. It makes nobody here, but says why the agent isn't.
+func (t *Table) ObserveAside(tenant schemas.TenantID, id schemas.AgentID, hb *schemas.Heartbeat, now time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	a := t.agent(tenant, id)
+	if a.outdated(hb, now) {
+		return
+	}
+	if a.aside = now; hb.State == schemas.AgentBye {
+		a.aside = time.Time{}
+	}
+	if a.state == "" && hb.Inventory != nil {
+		a.models, a.hash = hb.Inventory.Models, ""
+	}
 }
 
 // forgetAfter is how long after its last word a run still stands above older ones. An
@@ -183,7 +202,8 @@ func (t *Table) Lost(tenant schemas.TenantID, id schemas.AgentID, incarnation sc
 	t.tell(gone)
 }
 
-// Expire ends the runs of all agents that have been silent for StaleAfter.
+// Expire ends the runs of all agents that have been silent for StaleAfter. Who was heard
+// of over HTTPS counts as such for as long.
 func (t *Table) Expire(now time.Time) {
 	t.mu.Lock()
 	var gone []Gone
@@ -192,6 +212,9 @@ func (t *Table) Expire(now time.Time) {
 			if a.state != "" && now.Sub(a.lastSeen) > StaleAfter {
 				a.state = ""
 				gone = append(gone, Gone{Agent: a.id, Incarnation: a.incarnation})
+			}
+			if !a.aside.IsZero() && now.Sub(a.aside) > StaleAfter {
+				a.aside = time.Time{}
 			}
 		}
 	}
@@ -211,6 +234,17 @@ func (t *Table) Excuse(now time.Time) {
 			}
 		}
 	}
+}
+
+// Current is the run of an agent that is here; empty if it is away.
+func (t *Table) Current(tenant schemas.TenantID, id schemas.AgentID) schemas.Incarnation {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	a := t.tenants[tenant][id]
+	if a == nil || a.state == "" {
+		return ""
+	}
+	return a.incarnation
 }
 
 // Suspect is an agent that has missed a beat.
@@ -332,8 +366,10 @@ type AgentStatus struct {
 	Agent       schemas.AgentID
 	Name        string
 	Incarnation schemas.Incarnation
-	// State is the state of the last heartbeat, or empty for an agent that is away.
+	// State is the state of the last heartbeat, or empty for an agent that is away. Aside
+	// says of such a one that it is heard of over HTTPS: only its link to the bus is down.
 	State    schemas.AgentState
+	Aside    bool
 	LastSeen time.Time
 	Running  int
 	Waiting  int
@@ -351,7 +387,7 @@ func (t *Table) Agents(tenant schemas.TenantID) []AgentStatus {
 			continue
 		}
 		for _, a := range agents {
-			s := AgentStatus{a.tenant, a.id, a.name, a.incarnation, a.state, a.lastSeen, a.running, a.waiting, a.slots, slices.Clone(a.models)}
+			s := AgentStatus{a.tenant, a.id, a.name, a.incarnation, a.state, a.state == "" && !a.aside.IsZero(), a.lastSeen, a.running, a.waiting, a.slots, slices.Clone(a.models)}
 			if a.state == "" {
 				s.Running, s.Waiting = 0, 0
 			}

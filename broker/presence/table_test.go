@@ -198,10 +198,10 @@ func TestRoute(t *testing.T) {
 }
 
 func TestOffline(t *testing.T) {
-	if e := Offline(""); e.Code != schemas.CodeAgentOffline || strings.Contains(e.Message, `""`) || !strings.Contains(e.Message, "ownllm status") {
+	if e := NewTable().Away(tenant, ""); e.Code != schemas.CodeAgentOffline || strings.Contains(e.Message, `""`) || !strings.Contains(e.Message, "ownllm status") {
 		t.Errorf("for no model in particular: %v", e)
 	}
-	if e := Offline("m"); !strings.Contains(e.Message, `"m"`) {
+	if e := NewTable().Away(tenant, "m"); !strings.Contains(e.Message, `"m"`) {
 		t.Errorf("for a model: %v", e)
 	}
 }

@@ -143,6 +143,10 @@ func (r *Registry) welcome(ctx context.Context, m *nats.Msg) (schemas.Welcome, e
 			"This broker speaks version %d of the protocol, and the worker version %d. Install the same release of ownllm on both.",
 			schemas.ProtocolVersion, hello.Version)
 	}
+	if current := r.agents.Current(tenant, agent); current > hello.Incarnation {
+		return schemas.Welcome{}, schemas.Errorf(schemas.CodeInvalidValue,
+			"Another worker of this agent was started later and has taken over. Run one worker for each agent, or pair this machine as an agent of its own.")
+	}
 	report := books.AgentReport{
 		ID: agent, Tenant: tenant, Name: hello.Host, Inventory: hello.Inventory, Incarnation: hello.Incarnation,
 	}
@@ -156,6 +160,12 @@ func (r *Registry) welcome(ctx context.Context, m *nats.Msg) (schemas.Welcome, e
 			return schemas.Welcome{}, err
 		}
 		welcome.Consumers[model.ID] = name
+	}
+	// Older runs hear that they are replaced. If the word gets lost, their next hello is
+	// refused.
+	word := schemas.Control{Operation: schemas.ControlReplaced, Incarnation: hello.Incarnation}
+	if err := r.nc.Publish(schemas.ControlSubject(agent), word.Encode()); err != nil && !bus.Down(err) {
+		r.log.WarnContext(ctx, "older runs not told", "agent", agent, "error", err)
 	}
 	return welcome, nil
 }

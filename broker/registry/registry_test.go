@@ -380,3 +380,35 @@ func TestBooks(t *testing.T) {
 		}
 	}
 }
+
+// The newest run of an agent replaces older ones: they are told, and their hellos are
+// refused.
+func TestNewestRunReplacesOlderOnes(t *testing.T) {
+	t.Parallel()
+	h, s := newHouse(t), newFake()
+	h.serve(s)
+	control, err := h.nc.SubscribeSync(schemas.ControlSubject(agent))
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, fresh := hello("demo"), hello("demo")
+	fresh.Incarnation = old.Incarnation + "Z" // sorts after it, whatever the clock says
+	if w := h.say(subject, fresh.Encode()); w.Error != nil {
+		t.Fatalf("the newer run got %+v", w.Error)
+	}
+	m, err := control.NextMsg(patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := (schemas.Control{Operation: schemas.ControlReplaced, Incarnation: fresh.Incarnation}).Encode(); string(m.Data) != string(want) {
+		t.Errorf("the agent was told %s, want %s", m.Data, want)
+	}
+	h.table.Observe(tenant, agent, &schemas.Heartbeat{Version: schemas.ProtocolVersion, Incarnation: fresh.Incarnation, State: schemas.AgentUp}, time.Now())
+	if w := h.say(subject, old.Encode()); w.Error == nil || !strings.Contains(w.Error.Message, "taken over") || len(w.Consumers) != 0 {
+		t.Errorf("the older run got %+v", w)
+	}
+	h.table.Lost(tenant, agent, fresh.Incarnation)
+	if w := h.say(subject, old.Encode()); w.Error != nil {
+		t.Errorf("once the newer one is away, the older run gets %+v", w.Error)
+	}
+}

@@ -237,6 +237,8 @@ const (
 	AgentDraining = "draining"
 	// AgentStale missed its last heartbeats.
 	AgentStale = "stale"
+	// AgentTunnelDown is heard of over HTTPS, and has no connection to the bus.
+	AgentTunnelDown = "tunnel_down"
 	// AgentOffline is silent, or said goodbye.
 	AgentOffline = "offline"
 )
