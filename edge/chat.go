@@ -81,7 +81,7 @@ func (e *Edge) admit(ctx context.Context, c *fiber.Ctx, in *call) (dispatch.Requ
 		ID:       in.id, Tenant: id.Tenant, Key: id.Key, Operation: operationChat,
 		Model: req.Model, Body: body, Stream: req.Stream, IncludeUsage: req.IncludeUsage,
 		Continuable: req.Continuable(),
-		Prompt: req.PromptBound(), Limit: req.ReplyLimit(), Most: req.MostTokens(model),
+		Prompt:      req.PromptBound(), Limit: req.ReplyLimit(), Most: req.MostTokens(model),
 		Received: in.received,
 	}, model, nil
 }
