@@ -83,6 +83,10 @@ chaos: ## limits under load, edges killed and frozen, the database gone: as ofte
 	OWNLLM_FULL=1 $(TEST) -race -v -timeout 60m ./internal/e2e \
 		-run 'TestLimitsOverThreeEdges|TestEveryTokenIsAccountedFor|TestKilledEdgesLeakNothing|TestFrozenEdgesDeliverNothingUnbilled|TestPostgresAway'
 
+.PHONY: failover
+failover: ## 200 workers killed in mid-stream, and a real model that dies in its reply
+	OWNLLM_FULL=1 $(TEST) -run "TestFailover|TestRealModelIsContinued" -timeout 30m -v ./internal/e2e
+
 .PHONY: clean
 clean: ## remove what was built and installed here
 	rm -rf ownllm .bin scripts/.venv scripts/sdk/node/node_modules

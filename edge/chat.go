@@ -80,7 +80,8 @@ func (e *Edge) admit(ctx context.Context, c *fiber.Ctx, in *call) (dispatch.Requ
 		LoadWait: wait,
 		ID:       in.id, Tenant: id.Tenant, Key: id.Key, Operation: operationChat,
 		Model: req.Model, Body: body, Stream: req.Stream, IncludeUsage: req.IncludeUsage,
-		Prompt: req.PromptBound(), Limit: req.ReplyLimit(), Most: req.MostTokens(model),
+		Continuable: req.Continuable(),
+		Prompt:      req.PromptBound(), Limit: req.ReplyLimit(), Most: req.MostTokens(model),
 		Received: in.received,
 	}, model, nil
 }

@@ -51,7 +51,8 @@ type Frame struct {
 	Run  string    `json:"run"`
 	Seq  uint64    `json:"seq"`
 	Kind FrameKind `json:"kind"`
-	// Tokens counts the output tokens of the run so far, as far as the worker knows.
+	// Tokens counts the output tokens of the reply so far, as far as the worker knows,
+	// those included that the job says were there before.
 	Tokens int `json:"tokens,omitempty"`
 	// PromptTokens is the exact size of the prompt, where the backend can tell it before
 	// it runs; on a progress frame.

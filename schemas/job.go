@@ -64,9 +64,28 @@ type Job struct {
 	// Count asks for the exact size of the prompt, on a progress frame, before the
 	// backend is called, if the backend can tell.
 	Count bool `json:"count,omitempty"`
+	// Continue is set on an attempt that goes on where another one broke off: the worker
+	// lets the backend say only what comes after the text.
+	Continue *Continuation `json:"continue,omitempty"`
 	// BodySize is the size of a body that is fetched from the owner; 0 says that the
 	// body follows the head.
 	BodySize int `json:"body_size,omitempty"`
+}
+
+// MaxContinued is the longest text in bytes that a reply is continued from. However much
+// JSON has to escape, its job fits a message.
+const MaxContinued = 128 << 10
+
+// Continuation is what the client has of a reply already.
+type Continuation struct {
+	// Text is the content so far. It may be empty: then the reply begins anew, but its
+	// client has had the delta with the role.
+	Text string `json:"text"`
+	// Tokens is how many tokens that is. The worker counts on from there: tokens and usage
+	// of its frames are those of the whole reply.
+	Tokens int `json:"tokens"`
+	// PromptTokens is the size of the prompt that the client sent, 0 if it isn't known.
+	PromptTokens int `json:"prompt_tokens,omitempty"`
 }
 
 // MsgID is the deduplication id of the job.
@@ -108,6 +127,8 @@ func DecodeJob(payload []byte) (*Job, []byte, error) {
 		return nil, nil, errors.New("job lacks a field that it must have")
 	case j.Limit < 0:
 		return nil, nil, fmt.Errorf("job has a limit of %d tokens", j.Limit)
+	case j.Continue != nil && (!j.Stream || j.Continue.Tokens < 0 || j.Continue.PromptTokens < 0):
+		return nil, nil, errors.New("job continues what can't be continued")
 	case j.BodySize < 0 || j.BodySize > 0 && len(body) > 0:
 		return nil, nil, errors.New("job has a body that it says is elsewhere")
 	case j.BodySize > 0:

@@ -27,6 +27,7 @@ var wire = map[string]struct{ full, minimal any }{
 			Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1, Nonce: NewNonce(), Owner: NewOwnerID(), Tenant: NewTenantID(),
 			Key: NewKeyID(), Operation: "chat", Model: "qwen/qwen2.5:32b", Deadline: 1, ColdWait: 1, Stream: true, IncludeUsage: true,
 			Completion: NewRequestID().CompletionID(), Created: 1, ReplyModel: "m", Limit: 1, More: true, Count: true, BodySize: 1,
+			Continue: &Continuation{Text: "t", Tokens: 1, PromptTokens: 1},
 		},
 		&Job{
 			Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1, Nonce: NewNonce(), Owner: NewOwnerID(), Tenant: NewTenantID(),
@@ -55,7 +56,7 @@ var fullError = &Error{Code: CodeModelLoading, Message: "m", Param: "p", RetryAf
 
 var fullModel = Model{
 	ID: "m", Capabilities: Capabilities{true, true, true, true, true}, ContextWindow: 1, SizeMB: 1, RuntimeProfile: "auto", Created: 1,
-	State: ModelLoading, Detail: "d", LoadMS: 1, Backend: "demo", Slots: 1,
+	State: ModelLoading, Detail: "d", LoadMS: 1, Backend: "demo", Slots: 1, Continues: true,
 }
 
 // clientErrorSchema is the one schema that isn't of a wire type: its bytes are written

@@ -48,6 +48,9 @@ type Model struct {
 	Backend string `json:"backend"`
 	// Slots is how many requests that backend runs at once, over all its models.
 	Slots int `json:"slots"`
+	// Continues says that the backend goes on exactly where a given text ends, so that a
+	// reply which broke off elsewhere can be continued here.
+	Continues bool `json:"continues,omitempty"`
 }
 
 // Inventory is what an agent offers.

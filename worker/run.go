@@ -95,7 +95,9 @@ func (r *run) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	prompt, err := p.backend.CheckContext(ctx, r.job.Model, body, r.job.Count)
+	from := r.job.Continue
+	// What a backend says of a prompt counts the text that it goes on from, too.
+	prompt, err := p.backend.CheckContext(ctx, r.job.Model, body, r.job.Count || from != nil && from.PromptTokens == 0)
 	if err != nil {
 		return err
 	}
@@ -139,7 +141,7 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, prompt
 	call := &backend.Call{
 		Model: r.job.Model, Body: body, Stream: r.job.Stream, IncludeUsage: r.job.IncludeUsage,
 		Completion: r.job.Completion, Created: r.job.Created, ReplyModel: r.job.ReplyModel,
-		PromptTokens: prompt,
+		PromptTokens: prompt, Continue: r.job.Continue,
 	}
 	r.allowance.bound(call)
 	reply, err := b.Chat(ctx, call)

@@ -80,11 +80,15 @@ const (
 
 func newSender(w *Worker, job *schemas.Job, ackSubject string, stop context.CancelCauseFunc) *sender {
 	id, now := string(schemas.NewNonce()), time.Now()
-	return &sender{
+	s := &sender{
 		w: w, id: id, subject: schemas.OutSubject(w.cfg.Agent, job.Owner, job.Nonce),
 		inbox: w.inbox + "." + id, stop: stop, heard: make(chan struct{}), room: make(chan struct{}, 1),
 		ackSubject: ackSubject, spoke: now, reported: now, extended: now,
 	}
+	if from := job.Continue; from != nil {
+		s.tokens, s.usage = from.Tokens, schemas.Usage{PromptTokens: from.PromptTokens, CompletionTokens: from.Tokens}
+	}
+	return s
 }
 
 // claim asks the owner whether the run may go on. The answer isn't waited for: frames

@@ -72,6 +72,8 @@ type Request struct {
 	ToolBytes, Images int
 
 	messages string         // the array, as JSON
+	begun    bool           // the last message is the assistant's: the reply has begun there
+	bound    bool           // the reply is kept to a form by other means than response_format
 	format   *schemas.Error // what is wrong with response_format; CheckModel tells it
 }
 
@@ -143,6 +145,9 @@ func (r *Request) fields(values *[fieldCount]string) (f *fault) {
 		if _, _, f = number(requestFields[c.field], values[c.field], c.integer, c.low, c.high); f != nil {
 			return f
 		}
+	}
+	for _, value := range values[fieldConstraints:] {
+		r.bound = r.bound || value != ""
 	}
 	if r.Logprobs, f = boolean("logprobs", values[fieldLogprobs]); f != nil {
 		return f
@@ -353,4 +358,11 @@ func (r *Request) readFormat(value string) *fault {
 			"response_format.type is %s. It must be \"text\", \"json_object\" or \"json_schema\".", given).WithParam("response_format.type")
 	}
 	return nil
+}
+
+// Continuable reports whether another agent could go on with the reply from its text, if
+// the one that gives it goes away. What has more to it than text, or a form that began
+// before, can't be.
+func (r *Request) Continuable() bool {
+	return r.Stream && r.N == 1 && !r.Logprobs && !r.bound && !r.begun && (r.ResponseFormat == "" || r.ResponseFormat == "text")
 }

@@ -389,3 +389,43 @@ func BenchmarkParse(b *testing.B) {
 		})
 	}
 }
+
+func TestContinuable(t *testing.T) {
+	for members, want := range map[string]bool{
+		`"stream":true`: true,
+		`"stream":true,"n":1,"logprobs":false,"response_format":{"type":"text"},"grammar":null,"stop":"x"`: true,
+		`"stream":true,"tools":[{"type":"function","function":{"name":"f"}}]`:                              true, // until it calls one
+		`"stream":true,"echo":true`: true,
+		`"stream":false`:            false,
+		`"n":1`:                     false,
+		`"stream":true,"n":2`:       false,
+		`"stream":true,"logprobs":true,"top_logprobs":2`:                                                false,
+		`"stream":true,"response_format":{"type":"json_object"}`:                                        false,
+		`"stream":true,"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{}}}`: false,
+		`"stream":true,"grammar":"root ::= \"a\""`:                                                      false,
+		`"stream":true,"json_schema":{}`:                                                                false,
+		`"stream":true,"format":"json"`:                                                                 false,
+		`"stream":true,"guided_json":{}`:                                                                false,
+		`"stream":true,"guided_regex":"a*"`:                                                             false,
+		`"stream":true,"guided_choice":["a"]`:                                                           false,
+		`"stream":true,"guided_grammar":"x"`:                                                            false,
+		`"stream":true,"structured_outputs":{"json":{}}`:                                                false,
+	} {
+		r, err := Parse(with(members))
+		if err != nil {
+			t.Fatalf("%s: %v", members, err)
+		}
+		if got := r.Continuable(); got != want {
+			t.Errorf("%s: continuable is %v", members, got)
+		}
+	}
+	for last, want := range map[string]bool{`{"role":"user","content":"a"}`: true, `{"role":"tool","content":"a"}`: true, `{"role":"\u0061ssistant","content":"a"}`: false} {
+		r, err := Parse(`{"model":"m","stream":true,"messages":[{"role":"assistant","content":"hi"},` + last + `]}`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := r.Continuable(); got != want {
+			t.Errorf("after %s: continuable is %v", last, got)
+		}
+	}
+}

@@ -94,7 +94,8 @@ const (
 	fieldParallelToolCalls
 	fieldResponseFormat
 	fieldUser
-	fieldCount
+	fieldConstraints
+	fieldCount = fieldConstraints + 8
 )
 
 const (
@@ -145,6 +146,15 @@ var (
 		fieldParallelToolCalls:   "parallel_tool_calls",
 		fieldResponseFormat:      "response_format",
 		fieldUser:                "user",
+		// How backends are told to keep a reply to a form, beside response_format.
+		fieldConstraints:     "grammar",
+		fieldConstraints + 1: "json_schema",
+		fieldConstraints + 2: "format",
+		fieldConstraints + 3: "guided_json",
+		fieldConstraints + 4: "guided_regex",
+		fieldConstraints + 5: "guided_choice",
+		fieldConstraints + 6: "guided_grammar",
+		fieldConstraints + 7: "structured_outputs",
 	}
 	messageFields = []string{messageRole: "role", messageContent: "content", messageToolCalls: "tool_calls"}
 	partFields    = []string{partType: "type", partText: "text", partImageURL: "image_url"}

@@ -35,6 +35,7 @@ func (r *Request) readMessage(message string) *fault {
 	if f := checkRole(role); f != nil {
 		return f
 	}
+	r.begun = text(role) == "assistant"
 	if calls != "" && calls != "null" {
 		if calls[0] != '[' {
 			return wrongType("tool_calls", "an array", calls)

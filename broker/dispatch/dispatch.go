@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -77,6 +78,8 @@ type Request struct {
 	Body         string
 	Stream       bool
 	IncludeUsage bool
+	// Continuable says that a stream which breaks off may be gone on with from its text.
+	Continuable bool
 	// Prompt is the most tokens that the prompt can have, Limit how many the client allows
 	// the reply, 0 if it doesn't say, and Most how many it can have because of the model's
 	// context window, 0 if that isn't known.
@@ -319,6 +322,11 @@ func (r *Reply) attempt(exclude map[schemas.AgentID]bool) error {
 			}
 			return err
 		}
+		if r.from != nil && r.from.Text != "" && !choice.Model.Continues {
+			d.agents.Release(r.req.Tenant, choice.Agent, r.req.Model)
+			exclude = with(exclude, choice.Agent)
+			continue
+		}
 		if err := r.assign(choice.Agent); err != nil {
 			d.agents.Release(r.req.Tenant, choice.Agent, r.req.Model)
 			return err
@@ -331,11 +339,7 @@ func (r *Reply) attempt(exclude map[schemas.AgentID]bool) error {
 		case errors.Is(err, bus.ErrQueueFull):
 			full = schemas.Errorf(schemas.CodeQueueFull,
 				"The queue for %q is full. Try again in a few seconds.", r.req.Model).WithRetryAfter(2 * time.Second)
-			next := map[schemas.AgentID]bool{choice.Agent: true}
-			for id := range exclude {
-				next[id] = true
-			}
-			exclude = next
+			exclude = with(exclude, choice.Agent)
 		default:
 			d.log.ErrorContext(r.ctx, "job not published", "request", r.req.ID, "agent", choice.Agent, "error", err)
 			if bus.Down(err) {
@@ -344,6 +348,13 @@ func (r *Reply) attempt(exclude map[schemas.AgentID]bool) error {
 			return schemas.AsError(err)
 		}
 	}
+}
+
+// with returns the set and one agent more.
+func with(set map[schemas.AgentID]bool, one schemas.AgentID) map[schemas.AgentID]bool {
+	next := map[schemas.AgentID]bool{one: true}
+	maps.Copy(next, set)
+	return next
 }
 
 // errChooseAgain says that the agent may have gone since it was chosen.
@@ -368,12 +379,12 @@ func (r *Reply) publish(choice presence.Choice, ends uint64) error {
 		Deadline: r.req.Received.Add(d.cfg.Total).UnixMilli(), ColdWait: d.cfg.ColdWait.Milliseconds(),
 		Stream: r.req.Stream, IncludeUsage: r.req.IncludeUsage,
 		Completion: r.req.ID.CompletionID(), Created: r.req.Received.Unix(), ReplyModel: r.req.Model,
-		Count: r.bill.grant.Rate.HasBudget,
+		Count: r.bill.grant.Rate.HasBudget, Continue: r.from,
 	}
 	if r.req.LoadWait != nil {
 		job.ColdWait = r.req.LoadWait.Milliseconds()
 	}
-	if len(r.req.Body) > schemas.MaxInlineBody {
+	if !r.inline() {
 		job.BodySize = len(r.req.Body)
 		a.body = schemas.BodySubject(a.agent, d.owner, a.nonce)
 	}

@@ -59,6 +59,7 @@ type attempt struct {
 	claimed time.Time
 	loading bool
 	over    bool // the last frame was taken; the worker acknowledges the job
+	began   bool // something of the reply has come
 	next    uint64
 }
 
@@ -70,6 +71,8 @@ type Reply struct {
 	req      Request
 	attempts int // belongs to the reader
 	bill     bill
+	// failed are the agents that couldn't go on with the reply; belongs to the reader.
+	failed map[schemas.AgentID]bool
 
 	wake chan struct{} // holds one token; given whenever something below changes
 
@@ -77,9 +80,12 @@ type Reply struct {
 	cur       *attempt // nil between attempts and after the end
 	unread    [][]byte
 	unreadLen int
-	delivered bool // a payload was handed to the reader or waits for it
-	lost      bool // the agent of cur is gone
-	ended     bool // nothing more is taken
+	delivered bool                  // a payload was handed to the reader or waits for it
+	lost      bool                  // the agent of cur is gone, or has failed
+	failure   *schemas.Error        // how it failed
+	said      said                  // of a reply that can be continued
+	from      *schemas.Continuation // what the attempts continue; nil: nothing
+	ended     bool                  // nothing more is taken
 	closed    bool
 	done      bool // the reply came whole
 	tick      bool // a Tick is due
@@ -138,34 +144,6 @@ func (r *Reply) Next() Event {
 		}
 		r.mu.Unlock()
 		<-r.wake
-	}
-}
-
-// failover starts another attempt, if nothing of the reply has been delivered yet;
-// else the reply ends with an error.
-func (r *Reply) failover() {
-	r.mu.Lock()
-	a := r.cur
-	r.mu.Unlock()
-	// Whether anything was delivered is known for good only once no frame is taken any
-	// more.
-	delivered, ended := r.retire(a)
-	r.remove(a)
-	switch {
-	case ended: // just now
-		return
-	case delivered:
-		r.end(schemas.Errorf(schemas.CodeAgentOffline,
-			"The GPU machine that was answering went away in the middle of the reply. What you have is incomplete; send the request again."))
-		return
-	}
-	r.d.metrics.Failover(r.ctx)
-	r.d.log.InfoContext(r.ctx, "agent went away, request goes to another", "request", r.req.ID, "agent", a.agent)
-	if err := r.attempt(map[schemas.AgentID]bool{a.agent: true}); err != nil {
-		// The agent may be back already, as a new run.
-		if again := r.attempt(nil); again != nil {
-			r.end(schemas.AsError(again))
-		}
 	}
 }
 
@@ -322,7 +300,14 @@ func (r *Reply) accept(a *attempt, f *schemas.Frame, now time.Time) {
 	a.next++
 	a.loading = false
 	r.heard, r.tokens = now, f.Tokens
+	if r.from != nil {
+		r.tokens = max(r.tokens, r.from.Tokens)
+	}
 	if len(f.Payload) > 0 {
+		a.began = true
+		if r.movable() {
+			r.said.take(f.Payload)
+		}
 		if !r.delivered {
 			r.delivered = true
 			r.timing.FirstChunk = now
@@ -331,6 +316,8 @@ func (r *Reply) accept(a *attempt, f *schemas.Frame, now time.Time) {
 		r.unreadLen += len(f.Payload)
 	}
 	switch {
+	case f.Kind == schemas.FrameError && r.moves(f.Error):
+		r.lost, r.failure = true, f.Error
 	case f.Kind == schemas.FrameError:
 		r.ended, a.over, r.err = true, true, f.Error
 	case f.Kind == schemas.FrameDone:
@@ -384,13 +371,13 @@ func (r *Reply) sweep(now time.Time) {
 		r.signal()
 	case now.Sub(r.req.Received) > cfg.Total:
 		r.expire("it took longer than %s in all", cfg.Total)
-	case r.req.Stream && r.delivered && now.Sub(r.heard) > cfg.Idle && r.bill.away:
+	case r.req.Stream && a.began && now.Sub(r.heard) > cfg.Idle && r.bill.away:
 		r.fail(schemas.Errorf(schemas.CodeInternalError,
 			"The reply was cut short: the server can't reach its database, and without it can't pay for more tokens."))
 		r.signal()
-	case r.req.Stream && r.delivered && now.Sub(r.heard) > cfg.Idle:
+	case r.req.Stream && a.began && now.Sub(r.heard) > cfg.Idle:
 		r.expire("nothing came from the backend for %s", cfg.Idle)
-	case r.req.Stream && !r.delivered && a.run != "" && !a.loading && now.Sub(a.claimed) > cfg.FirstToken:
+	case r.req.Stream && !a.began && a.run != "" && !a.loading && now.Sub(a.claimed) > cfg.FirstToken:
 		r.expire("the first token didn't come within %s", cfg.FirstToken)
 	case r.tickDue(now):
 		r.tick, r.ticked = true, now

@@ -75,6 +75,8 @@ type reply struct {
 	text     string
 	finish   string
 	usage    int // completion tokens, if the reply told them
+	prompt   int // and those of the prompt
+	roles    int // deltas of a stream that have a role
 	done     bool
 	comments int
 	err      *apiError // of the status, or in the stream
@@ -97,6 +99,7 @@ type chatChunk struct {
 		FinishReason string `json:"finish_reason"`
 	} `json:"choices"`
 	Usage *struct {
+		PromptTokens     int `json:"prompt_tokens"`
 		CompletionTokens int `json:"completion_tokens"`
 	} `json:"usage"`
 	Error *apiError `json:"error"`
@@ -169,7 +172,7 @@ func (r reply) whole(body io.Reader) reply {
 		r.text, r.finish = v.Choices[0].Message.Content, v.Choices[0].FinishReason
 	}
 	if v.Usage != nil {
-		r.usage = v.Usage.CompletionTokens
+		r.usage, r.prompt = v.Usage.CompletionTokens, v.Usage.PromptTokens
 	}
 	return r
 }
@@ -198,12 +201,15 @@ func (r *reply) event(data string) error {
 	}
 	for _, choice := range v.Choices {
 		r.text += choice.Delta.Content
+		if choice.Delta.Role != "" {
+			r.roles++
+		}
 		if choice.FinishReason != "" {
 			r.finish = choice.FinishReason
 		}
 	}
 	if v.Usage != nil {
-		r.usage = v.Usage.CompletionTokens
+		r.usage, r.prompt = v.Usage.CompletionTokens, v.Usage.PromptTokens
 	}
 	return nil
 }

@@ -109,6 +109,8 @@ type Backend struct {
 	props map[string]llamaProps
 	// tools keeps what vLLM answered when it was tried with a tool.
 	tools *toolTrial
+	// continues keeps how models go on from a text; of Ollama by name and digest.
+	continues map[string]continuing
 	// noInputTokens says that a llama.cpp server is too old to count tokens itself.
 	noInputTokens bool
 }

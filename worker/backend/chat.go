@@ -51,6 +51,16 @@ type Call struct {
 	// Allowed, if it isn't nil, says how many tokens of a stream may go to the client now,
 	// all choices together.
 	Allowed func() int64
+	// Continue, if it isn't nil, is what there is of a stream already: the reply is what
+	// comes after it, and is counted on from there. Body is as the client sent it, and the
+	// limits hold for the whole.
+	Continue *schemas.Continuation
+
+	// Of a call that continues: what the server says again, to the letter, and the white
+	// space that it may say again after that; and that the reply has as many tokens as it
+	// may have.
+	repeated, blank string
+	spent           bool
 }
 
 // Chat sends the call to the server and returns once it answers: at once or when the
@@ -62,6 +72,14 @@ func (b *Backend) Chat(ctx context.Context, c *Call) (*Reply, error) {
 	id, err := b.resolve(c.Model)
 	if err != nil {
 		return nil, err
+	}
+	if c.Continue != nil {
+		if c, err = b.continued(ctx, id, c); err != nil {
+			return nil, err
+		}
+		if c.spent {
+			return b.ended(c), nil
+		}
 	}
 	body, bounded, err := b.kind.requestBody(c, id, c.MaxTokens)
 	if err != nil {
@@ -111,6 +129,14 @@ func (b *Backend) chat(ctx context.Context, c *Call, body []byte) (*Reply, error
 		r.events.r.Reset(resp.Body)
 	}
 	return r, nil
+}
+
+// ended is the reply to a call that isn't allowed a single token more.
+func (b *Backend) ended(c *Call) *Reply {
+	r := &Reply{kind: b.kind, call: c, cancel: func() {}}
+	r.cause = func() error { return nil }
+	r.rewriter.reset(b.kind, c)
+	return r
 }
 
 func isStream(h http.Header) bool {
@@ -174,6 +200,11 @@ var ErrHeld = errors.New("the reply has as many tokens as are allowed")
 // reply is Cut. Until then nothing is read from the server.
 func (r *Reply) Next(dst []byte) ([]byte, error) {
 	start := len(dst)
+	if r.call.spent && r.err == nil {
+		dst = r.Cut(dst)
+		r.err = io.EOF
+		return dst, r.err
+	}
 	if r.holding && r.err == nil {
 		if !r.allowed() {
 			return dst, ErrHeld
@@ -239,6 +270,10 @@ func (r *Reply) Cut(dst []byte) []byte {
 
 // finish ends a stream: whole if every choice was finished, else with an error.
 func (r *Reply) finish(dst []byte) []byte {
+	if r.rewriter.repeated != "" {
+		r.err = r.kind.interrupted(r.call.Model, errNotContinued)
+		return dst
+	}
 	if !r.rewriter.finished() {
 		if r.kind == Ollama {
 			r.err = r.kind.broken("stopped in the middle of the reply. It doesn't tell why; its own log does.")

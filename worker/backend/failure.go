@@ -295,6 +295,8 @@ func (k Kind) interrupted(model string, err error) *schemas.Error {
 		return k.refusal(model, readComplaint(0, envelope(failure.raw)))
 	case errors.Is(err, errNotJSON), errors.Is(err, errNotReply):
 		return k.broken("can't be understood: %v.", err)
+	case errors.Is(err, errNotContinued):
+		return k.broken("can't continue the reply: %v.", err)
 	case errors.Is(err, errTooLong):
 		return k.broken("sent more than %d MiB at once.", maxEvent>>20)
 	}

@@ -18,6 +18,7 @@ type listed struct {
 	state        schemas.ModelState
 	detail       string
 	loadMS       int64
+	continues    bool
 }
 
 // load is a load that is under way, or that failed lately.
@@ -76,6 +77,8 @@ func (b *Backend) offer(found []listed) []schemas.Model {
 			LoadMS:  l.loadMS,
 			Backend: string(b.kind),
 			Slots:   slots,
+
+			Continues: l.continues,
 		}
 		b.weighLoad(&m, l, k)
 		k.state = m.State
@@ -155,6 +158,7 @@ func (b *Backend) lost(err error) []schemas.Model {
 	b.tools, b.noInputTokens = nil, false
 	clear(b.shows)
 	clear(b.props)
+	clear(b.continues)
 	return models
 }
 

@@ -111,7 +111,10 @@ func (b *Backend) llamaModels(ctx context.Context) ([]listed, error) {
 			l.capabilities = b.remembered(m.ID)
 		case props.Sleeping:
 			l.state = schemas.ModelCold
+		default:
+			b.llamaContinues(ctx, m.ID, "")
 		}
+		l.continues = b.way(m.ID).can
 		found = append(found, l)
 	}
 	return found, nil
@@ -197,6 +200,10 @@ func (b *Backend) routerModels(ctx context.Context) ([]listed, error) {
 				}
 			}
 		}
+		if l.state == schemas.ModelReady {
+			b.llamaContinues(ctx, m.ID, "?autoload=false")
+		}
+		l.continues = b.way(m.ID).can
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}

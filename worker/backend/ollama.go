@@ -84,7 +84,11 @@ func (b *Backend) ollamaModels(ctx context.Context) ([]listed, error) {
 			if window > 0 {
 				l.window = window
 			}
+			if l.capabilities.Completion && tag.RemoteHost == "" {
+				b.ollamaContinues(ctx, tag.Name, tag.Name+"@"+tag.Digest, window)
+			}
 		}
+		l.continues = b.proved(tag.Name + "@" + tag.Digest)
 		if tag.RemoteHost != "" {
 			l.state = schemas.ModelReady // it runs elsewhere, there is nothing to load
 			l.window = show.trained

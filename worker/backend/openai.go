@@ -41,6 +41,7 @@ func (b *Backend) openaiModels(ctx context.Context) ([]listed, error) {
 			state:        openaiState(e.Get("state").String()),
 			detail:       e.Get("detail").String(),
 			loadMS:       e.Get("load_ms").Int(),
+			continues:    b.kind == Demo && e.Get("continues").Bool(),
 		})
 		slots = max(slots, int(e.Get("slots").Int()))
 	}

@@ -46,6 +46,7 @@ func Probe(ctx context.Context, c Config) (*Backend, error) {
 		loads:     map[string]*load{},
 		shows:     map[string]ollamaShow{},
 		props:     map[string]llamaProps{},
+		continues: map[string]continuing{},
 	}
 	for id, public := range c.Models {
 		b.upstream[public] = id

@@ -56,6 +56,12 @@ type rewriter struct {
 	// hideTimings keeps the client from what it hasn't asked for: llama.cpp's timings
 	// before the end.
 	hideTimings bool
+	// continued says that the reply goes on where another broke off, and textual that there
+	// was text; base is how many tokens there were, and told that the size of the client's
+	// prompt is known. repeated and blank are what is left of those of the Call.
+	continued, textual, told bool
+	base                     int
+	repeated, blank          string
 
 	choices []choice
 	// said and closing are of the last chunk: it has output, and it ends a choice.
@@ -72,6 +78,15 @@ func (w *rewriter) reset(kind Kind, c *Call) {
 	w.partial = kind == LlamaCPP
 	w.message, w.stream, w.includeUsage = "message", c.Stream, c.IncludeUsage
 	w.prompt, w.completion = -1, -1
+	if from := c.Continue; from != nil {
+		w.continued, w.textual, w.base = true, from.Text != "", from.Tokens
+		w.repeated, w.blank = c.repeated, c.blank
+		// The client has had the role.
+		w.choices = append(w.choices[:0], choice{seen: true, begun: true, told: -1})
+		if prompt := max(from.PromptTokens, c.PromptTokens); prompt > 0 {
+			w.prompt, w.told = prompt, true
+		}
+	}
 	w.head = append(w.head[:0], `{"id":`...)
 	w.head = schemas.AppendString(w.head, c.Completion)
 	if c.Stream {
@@ -289,6 +304,19 @@ func (w *rewriter) appendChoice(dst, b []byte, i, position int) (out []byte, end
 	for len(w.choices) <= index {
 		w.choices = append(w.choices, choice{told: -1})
 	}
+	if w.continued && d.size > 0 {
+		if w.textual && d.reasoning.ok() && filled(d.reasoning.of(b)) {
+			return dst, -1, 0, errNotContinued // thoughts come before the text
+		}
+		if d.text.ok() && (w.repeated != "" || w.blank != "") {
+			if d.left, d.cut, err = w.skip(d.text.of(b)); err != nil {
+				return dst, -1, 0, err
+			}
+			if d.cut && d.left == "" {
+				d.size -= d.text.end - d.text.start
+			}
+		}
+	}
 	c := &w.choices[index]
 	first := !c.seen
 	c.seen = true
@@ -357,6 +385,9 @@ type delta struct {
 	rename    bool // has reasoning under a name that isn't ours
 	rank      int  // rank of the name that reasoning was found under
 	reasoning span
+	text      span   // the content, if it is a string
+	cut       bool   // of the content only left goes to the client
+	left      string // as it is
 }
 
 // reasoningRank ranks the names under which backends send reasoning; 0 is no name
@@ -396,6 +427,9 @@ func scanDelta(b []byte, i int) (d delta, end int) {
 			continue
 		case "content":
 			d.content = true
+			if raw[0] == '"' {
+				d.text = span{start, end}
+			}
 		}
 		// Whatever else a delta has, text, tool calls, a refusal, audio, costs tokens.
 		if filled(raw) {
@@ -431,7 +465,7 @@ func filled(raw []byte) bool {
 // "assistantassistant" of two.
 func (d *delta) changes(first, stream bool) bool {
 	switch {
-	case d.null || d.rename:
+	case d.null || d.rename || d.cut:
 		return true
 	case !stream:
 		return !d.assistant || !d.content
@@ -460,6 +494,8 @@ func (w *rewriter) appendDelta(dst, b []byte, from int, d *delta, first bool) []
 		begin, end := o.skip()
 		switch {
 		case string(o.key) == "role":
+		case d.cut && string(o.key) == "content":
+			dst = schemas.AppendString(append(comma(dst, start), `"content":`...), d.left)
 		case reasoningRank(o.key) > 0 && text(b[begin:end]):
 			if begin == d.reasoning.start {
 				dst = append(comma(dst, start), `"reasoning_content":`...)

@@ -8,11 +8,11 @@ func (w *rewriter) end(dst []byte, prompt int) []byte {
 	switch {
 	case !w.includeUsage:
 		return dst
-	case len(w.last) > 0 && !(w.partial && len(w.choices) > 1):
+	case len(w.last) > 0 && !w.continued && !(w.partial && len(w.choices) > 1):
 		dst = append(dst, w.last...)
 	default:
 		dst = append(append(dst, w.head...), `,"choices":[],"usage":`...)
-		if len(w.usage) > 0 && len(w.choices) == 1 {
+		if len(w.usage) > 0 && len(w.choices) == 1 && !w.continued {
 			dst = oneLine(append(dst, w.usage...), len(dst))
 		} else {
 			dst = w.appendUsage(dst, prompt, w.tokens())
@@ -86,10 +86,13 @@ func (w *rewriter) appendUsage(dst []byte, prompt, tokens int) []byte {
 	return append(dst, '}')
 }
 
-// tokens is the number of output tokens so far: the backend's own figure where it
+// tokens is the number of output tokens so far, of the whole reply.
+func (w *rewriter) tokens() int { return w.base + w.fresh() }
+
+// fresh is the number of tokens that came from this server: the backend's own figure where it
 // told one, else an estimate: one for each delta that carried something, and four
 // bytes a token in a reply that came whole.
-func (w *rewriter) tokens() int {
+func (w *rewriter) fresh() int {
 	growing := w.stream && w.partial && len(w.choices) > 1
 	if w.completion >= 0 && !growing {
 		return w.completion
@@ -164,7 +167,11 @@ func (w *rewriter) noteTimings(raw []byte, choices, single int) {
 }
 
 func (w *rewriter) note(prompt, completion, choices, single int) {
-	if prompt >= 0 {
+	switch {
+	case prompt < 0 || w.told:
+	case w.continued:
+		w.prompt = max(prompt-w.base, 0) // the server's has the text at its end
+	default:
 		w.prompt = prompt
 	}
 	switch {

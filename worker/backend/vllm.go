@@ -59,10 +59,11 @@ func (b *Backend) vllmModels(ctx context.Context) ([]listed, error) {
 			continue
 		}
 		trial := b.tryTools(ctx, m.ID)
+		continues := trial.chat && b.vllmContinues(ctx, m.ID)
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		l := listed{id: m.ID, created: m.Created, window: m.Window, state: schemas.ModelReady}
+		l := listed{id: m.ID, created: m.Created, window: m.Window, state: schemas.ModelReady, continues: continues}
 		l.capabilities = schemas.Capabilities{Completion: trial.chat, Tools: trial.tools}
 		if l.window == 0 {
 			l.window = windows[m.Parent]

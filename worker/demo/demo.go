@@ -338,6 +338,7 @@ type entry struct {
 	State         schemas.ModelState   `json:"state"`
 	LoadMS        int64                `json:"load_ms,omitempty"`
 	Slots         int                  `json:"slots"`
+	Continues     bool                 `json:"continues"`
 }
 
 func (s *Server) serveModels(w http.ResponseWriter, _ *http.Request) {
@@ -352,7 +353,7 @@ func (s *Server) serveModels(w http.ResponseWriter, _ *http.Request) {
 		}
 		list.Data = append(list.Data, entry{
 			ID: m.ID, Object: "model", Created: m.Created, OwnedBy: "ownllm-demo", Capabilities: m.Capabilities,
-			ContextWindow: m.ContextWindow, MaxModelLen: m.ContextWindow, SizeMB: m.SizeMB, State: m.State, LoadMS: m.LoadMS, Slots: m.Slots,
+			ContextWindow: m.ContextWindow, MaxModelLen: m.ContextWindow, SizeMB: m.SizeMB, State: m.State, LoadMS: m.LoadMS, Slots: m.Slots, Continues: true,
 		})
 	}
 	writeJSON(w, 200, list)

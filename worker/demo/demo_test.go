@@ -397,7 +397,7 @@ func TestModels(t *testing.T) {
 	broken.ID, broken.State = "demo-failed", schemas.ModelFailed
 	_, url := server(t, Options{Models: []schemas.Model{DefaultModel(), text, broken}})
 	_, body := do(t, "GET", url+"/v1/models", "")
-	want := `{"id":"demo","object":"model","created":1767225600,"owned_by":"ownllm-demo","capabilities":{"completion":true,"vision":true,"embedding":false,"tools":true,"thinking":true},"context_window":32768,"max_model_len":32768,"size_mb":1,"state":"ready","slots":256}`
+	want := `{"id":"demo","object":"model","created":1767225600,"owned_by":"ownllm-demo","capabilities":{"completion":true,"vision":true,"embedding":false,"tools":true,"thinking":true},"context_window":32768,"max_model_len":32768,"size_mb":1,"state":"ready","slots":256,"continues":true}`
 	if got := gjson.Get(body, "data.0").Raw; got != want {
 		t.Errorf("model is\n%s, want\n%s", got, want)
 	}
