@@ -82,6 +82,11 @@ bench: ## what the broker costs: requests against direct ones, admissions agains
 failover: ## 200 workers killed in mid-stream, and a real model that dies in its reply
 	OWNLLM_FULL=1 $(TEST) -run "TestFailover|TestRealModelIsContinued" -timeout 30m -v ./internal/e2e
 
+.PHONY: chaos
+chaos: ## limits under load, edges killed and frozen, the database gone: as often as it takes to believe it
+	OWNLLM_FULL=1 $(TEST) -race -v -timeout 60m ./internal/e2e \
+		-run 'TestLimitsOverThreeEdges|TestEveryTokenIsAccountedFor|TestKilledEdgesLeakNothing|TestFrozenEdgesDeliverNothingUnbilled|TestPostgresAway'
+
 .PHONY: clean
 clean: ## remove what was built and installed here
 	rm -rf ownllm .bin scripts/.venv scripts/sdk/node/node_modules

@@ -356,3 +356,28 @@ func TestFrozenEdgesDeliverNothingUnbilled(t *testing.T) {
 	}
 	freezes.Wait()
 }
+
+// TestStoppedEdgeSettlesAtOnce: what an edge that is asked to stop breaks off is settled
+// before it is gone, and nobody has to wait for its lease.
+func TestStoppedEdgeSettlesAtOnce(t *testing.T) {
+	const pace = 20
+	backend := stack.StartBackend(t, demo.Options{})
+	c := stack.StartCluster(t)
+	l := openLedger(t, c.DatabaseURL)
+	c.StartWorker(backend.URL)
+	setPrice(t, c, demo.ModelID, books.MicroCents)
+	edge := c.StartEdge("--drain-timeout", "500ms")
+	awaitModel(t, []*stack.Edge{edge}, c.Key.Reveal(), demo.ModelID)
+	f := depart(t, c, edge, backend,
+		ask{stream: true, tokens: 2000, pace: pace}, ask{stream: true, tokens: 2000, pace: pace, open: true}, ask{tokens: 2000, pace: pace})
+	if err := edge.Stop(); err != nil {
+		t.Error(err)
+	}
+	entries := l.wantClosed(f.key, time.Second)
+	f.wantPaid(t, entries)
+	for _, e := range entries {
+		if e.Outcome != "error" || e.Completion > 10*pace {
+			t.Errorf("ledger has %+v", e)
+		}
+	}
+}

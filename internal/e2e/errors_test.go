@@ -27,6 +27,7 @@ const (
 	busyModel  = "busy"   // its queue is full
 	awayModel  = "away"   // its agent has left
 	mortal     = "mortal" // its agent gets killed
+	dearModel  = "dear"   // costs something
 	window     = 64
 	queueBound = 3
 )
@@ -55,7 +56,7 @@ type refusals struct {
 
 func newRefusals(t *testing.T) *refusals {
 	backend := stack.StartBackend(t, demo.Options{Models: []schemas.Model{
-		demo.DefaultModel(), model(busyModel, nil), model(coldModel, nil),
+		demo.DefaultModel(), model(busyModel, nil), model(coldModel, nil), model(dearModel, nil),
 		model(plainModel, func(m *schemas.Model) {
 			m.ContextWindow, m.Capabilities = window, schemas.Capabilities{Completion: true}
 		}),
@@ -96,6 +97,7 @@ func newRefusals(t *testing.T) *refusals {
 	}
 	r.get(r.strict.BaseURL+"/models", "not a key")
 	r.makeKeys()
+	r.useUp()
 	r.fillQueue()
 	return r
 }
@@ -144,21 +146,37 @@ func (r *refusals) makeKeys() {
 	}
 }
 
-// fillQueue keeps the queue of the busy model full until emptyQueue is called.
+// useUp makes the keys that have no more of something: money, slots (see fillQueue), their
+// tenant's rate.
+func (r *refusals) useUp() {
+	setPrice(r.t, r.Cluster, dearModel, 1)
+	_, r.keys["without money"] = newKey(r.t, r.Cluster, books.NewKey{BudgetCents: new(int64)})
+	_, r.keys["without slots"] = newKey(r.t, r.Cluster, books.NewKey{Concurrency: new(1)})
+	tenant, user := newTenant(r.t, r.Cluster, "drained", 1)
+	r.StartWorkerOf(tenant.ID, r.backend.URL, "--model", demo.ModelID)
+	_, r.keys["of the tenant drained"] = newKey(r.t, r.Cluster, books.NewKey{Tenant: tenant.Slug, User: string(user.ID)})
+	awaitModel(r.t, []*stack.Edge{r.main}, r.keys["of the tenant drained"], demo.ModelID)
+	// The bucket is as empty as if a dozen edges had let the same request in.
+	openLedger(r.t, r.DatabaseURL).exec(`
+		INSERT INTO tenant_buckets (tenant_id, full_at) VALUES ($1, (extract(epoch FROM now()) * 1000000000)::bigint + 50000000000)`, tenant.ID)
+}
+
+// fillQueue keeps the queue of the busy model full, and the slot of the key that has but
+// one, until emptyQueue is called.
 func (r *refusals) fillQueue() {
 	ctx, cancel := context.WithCancel(context.Background())
 	var requests sync.WaitGroup
-	client := newClient(r.main.BaseURL, r.Key.Reveal())
 	r.emptyQueue = func() {
 		cancel()
 		requests.Wait()
-		client.close()
-		stack.Until(r.t, 10*time.Second, "the busy requests to end", func() bool { return r.backend.Stats().Aborted >= queueBound })
+		stack.Until(r.t, 10*time.Second, "the busy requests to end", func() bool { return r.backend.Stats().Aborted > queueBound })
 	}
 	r.t.Cleanup(cancel)
-	for range queueBound {
+	hold := func(key, model string) {
 		requests.Go(func() {
-			body := chatBody(false, map[string]any{"model": busyModel, "demo": map[string]any{"first_token_ms": 3_600_000}})
+			client := newClient(r.main.BaseURL, r.keys[key])
+			defer client.close()
+			body := chatBody(false, map[string]any{"model": model, "demo": map[string]any{"first_token_ms": 3_600_000}})
 			if resp, err := client.post(ctx, "/chat/completions", body); err == nil {
 				_ = resp.Body.Close()
 				if ctx.Err() == nil {
@@ -167,7 +185,11 @@ func (r *refusals) fillQueue() {
 			}
 		})
 	}
-	stack.Until(r.t, 10*time.Second, "a full queue", func() bool { return r.backend.Stats().Active == queueBound })
+	for range queueBound {
+		hold("good", busyModel)
+	}
+	hold("without slots", demo.ModelID)
+	stack.Until(r.t, 10*time.Second, "a full queue", func() bool { return r.backend.Stats().Active == queueBound+1 })
 }
 
 // row is one way to a refusal.
@@ -180,6 +202,7 @@ type row struct {
 	members           string // of a chat completion of the demo model, overriding its own
 	retry             string // Retry-After, "a-b" for a range
 	allow             string
+	final             bool   // X-Should-Retry says no
 	says              string // a part of the message
 }
 
@@ -218,6 +241,10 @@ func TestEveryRefusal(t *testing.T) {
 		{name: "suspended tenant", code: "tenant_disabled", key: "of the tenant held"},
 		{name: "suspended tenant, list", code: "tenant_disabled", key: "of the tenant held", method: "GET", path: "/models"},
 		{name: "deactivated user", code: "user_deactivated", key: "of a deactivated user"},
+
+		{name: "money spent", code: "budget_exceeded", key: "without money", members: `"model":"` + dearModel + `"`, retry: "1-2678400", final: true, says: "budget"},
+		{name: "slots taken", code: "concurrency_limit", key: "without slots", retry: "1", says: "1"},
+		{name: "tenant too fast", code: "tenant_qps_limit", key: "of the tenant drained", retry: "1-51"},
 
 		{name: "agent that left", code: "agent_offline", members: `"model":"` + awayModel + `"`, retry: "5", says: awayModel},
 		{name: "no agent", code: "agent_offline", key: "of the tenant bare", method: "GET", path: "/models", retry: "5"},
@@ -270,8 +297,8 @@ func TestEveryRefusal(t *testing.T) {
 		r.check(t, row{code: "internal_error", retry: "2", says: "message bus"}, chatWith("", `"stream":true`))
 	})
 
-	// The rest of the table comes with budgets, limits and pairing.
-	later := []schemas.Code{schemas.CodeBudgetExceeded, schemas.CodeConcurrencyLimit, schemas.CodeTenantQPSLimit, schemas.CodeTunnelDown}
+	// The rest of the table comes with pairing.
+	later := []schemas.Code{schemas.CodeTunnelDown}
 	for _, info := range schemas.Codes {
 		if !seen[string(info.Code)] && !slices.Contains(later, info.Code) {
 			t.Errorf("nothing provokes %s", info.Code)
@@ -340,7 +367,7 @@ func (r *refusals) check(t *testing.T, row row, body string) {
 		t.Errorf("X-Request-Id %q", id)
 	}
 	checkRetry(t, resp.Header.Get("Retry-After"), row.retry)
-	if v, ok := resp.Header["X-Should-Retry"]; ok {
+	if v := resp.Header.Get("X-Should-Retry"); v != map[bool]string{true: "false"}[row.final] {
 		t.Errorf("X-Should-Retry %q", v)
 	}
 	if allow := resp.Header.Get("Allow"); allow != row.allow {

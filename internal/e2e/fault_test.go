@@ -14,6 +14,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
@@ -45,7 +46,9 @@ func TestNATSRestart(t *testing.T) {
 	c := stack.StartCluster(t)
 	c.StartWorker(backend.URL, "--slots", "4")
 	edge := c.StartEdge()
-	client := newClient(edge.BaseURL, c.Key.Reveal())
+	setPrice(t, c, demo.ModelID, books.MicroCents)
+	key, secret := newKey(t, c, books.NewKey{BudgetCents: new(int64(1000))})
+	client := newClient(edge.BaseURL, secret)
 	defer client.close()
 
 	const streams, tokens = 12, 60 // 4 run for 3 s each, 8 wait
@@ -59,9 +62,7 @@ func TestNATSRestart(t *testing.T) {
 		c.StartNATS()
 	})
 	replies := together(streams, func(i int) reply {
-		return client.chat(t.Context(), i%3 != 0, map[string]any{"demo": map[string]any{
-			"tokens": tokens, "numbered": true, "tokens_per_second": 20,
-		}})
+		return client.chat(t.Context(), i%3 != 0, limited(priced(t, tokens, map[string]any{"tokens_per_second": 20}), tokens))
 	})
 	began.Wait()
 	for i, r := range replies {
@@ -74,17 +75,28 @@ func TestNATSRestart(t *testing.T) {
 		t.Errorf("backend started %d and finished %d requests, want %d", s.Started, s.Finished, streams)
 	}
 	stack.Until(t, 20*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	entries := openLedger(t, c.DatabaseURL).wantClosed(key, 5*time.Second)
+	for _, r := range replies {
+		if e := entries[r.request()]; e.Completion != tokens || e.Outcome != "done" {
+			t.Errorf("ledger has %+v", e)
+		}
+	}
+	if len(entries) != streams {
+		t.Errorf("the ledger has %d requests, want %d", len(entries), streams)
+	}
 }
 
 // TestAgentDiesBeforeFirstToken kills the worker that has the requests: the other one
-// serves them, and the clients see only time.
+// serves them, and is paid for it, and the clients see only time.
 func TestAgentDiesBeforeFirstToken(t *testing.T) {
 	slow := stack.StartBackend(t, demo.Options{})
 	quick := stack.StartBackend(t, demo.Options{})
 	c := stack.StartCluster(t)
 	doomed := c.StartWorker(slow.URL, "--slots", "2")
 	edge := c.StartEdge()
-	client := newClient(edge.BaseURL, c.Key.Reveal())
+	setPrice(t, c, demo.ModelID, books.MicroCents)
+	key, secret := newKey(t, c, books.NewKey{BudgetCents: new(int64(1000))})
+	client := newClient(edge.BaseURL, secret)
 	defer client.close()
 	faults := demo.NoFaults()
 	faults.FirstTokenMS = 60_000
@@ -112,6 +124,18 @@ func TestAgentDiesBeforeFirstToken(t *testing.T) {
 	}
 	t.Logf("%d requests served after %s", streams, time.Since(start))
 	stack.Until(t, 20*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	entries := openLedger(t, c.DatabaseURL).wantClosed(key, 5*time.Second)
+	agents := make(map[string]int)
+	for _, r := range replies {
+		e := entries[r.request()]
+		if e.Completion != 20 || e.Outcome != "done" {
+			t.Errorf("ledger has %+v", e)
+		}
+		agents[e.Agent]++
+	}
+	if len(entries) != streams || len(agents) != 1 {
+		t.Errorf("the ledger has %d requests, by agent %v", len(entries), agents)
+	}
 }
 
 // TestAgentDiesInMidStream: nobody else has the model, so the stream ends with an error,

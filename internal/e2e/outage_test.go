@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
@@ -152,4 +153,79 @@ func TestPostgresAway(t *testing.T) {
 type loadReply struct {
 	reply
 	began, ended time.Time
+}
+
+// TestEdgesCutOffFromPostgres: edges that lose PostgreSQL while all others have it are taken
+// for dead. What they go on with ends when they are back, and until then as it would have;
+// it is paid for once, for no less than clients got.
+func TestEdgesCutOffFromPostgres(t *testing.T) {
+	t.Parallel()
+	const pace = 20
+	backend := stack.StartBackend(t, demo.Options{})
+	c := stack.StartCluster(t)
+	l := openLedger(t, c.DatabaseURL)
+	c.StartWorker(backend.URL)
+	setPrice(t, c, demo.ModelID, books.MicroCents)
+	direct := c.DatabaseURL
+	faults := []func(*pgtest.Proxy){(*pgtest.Proxy).Cut, (*pgtest.Proxy).Stall}
+	var proxies []*pgtest.Proxy
+	var edges []*stack.Edge
+	for range faults {
+		p := pgtest.NewProxy(t, direct)
+		c.DatabaseURL = p.URL()
+		proxies, edges = append(proxies, p), append(edges, c.StartEdge())
+	}
+	c.DatabaseURL = direct
+	awaitModel(t, edges, c.Key.Reveal(), demo.ModelID)
+	var cuts sync.WaitGroup
+	for i, cut := range faults {
+		f := depart(t, c, edges[i], backend,
+			ask{stream: true, tokens: 6 * pace, pace: pace}, ask{tokens: 6 * pace, pace: pace},
+			ask{stream: true, tokens: 2000, pace: pace}, ask{tokens: 2000, pace: pace}, ask{stream: true, tokens: 2000, pace: pace, open: true})
+		client := newClient(edges[i].BaseURL, c.Key.Reveal())
+		cut(proxies[i])
+		since := time.Now()
+		cuts.Go(func() {
+			defer client.close()
+			refused := 0
+			for {
+				h, err := l.look(t.Context(), f.key)
+				if err != nil || time.Since(since) > backIn {
+					t.Errorf("the slots of an edge without a database aren't back: %+v, %v", h, err)
+					break
+				}
+				if h.InFlight == 0 {
+					break
+				}
+				r := client.chat(t.Context(), refused%2 == 0, priced(t, 5, nil))
+				if r.status != http.StatusInternalServerError || r.code() != string(schemas.CodeInternalError) || r.header.Get("Retry-After") == "" {
+					t.Errorf("an edge without a database answers with status %d, error %+v, broken %v", r.status, r.err, r.broken)
+				}
+				refused++
+				time.Sleep(100 * time.Millisecond)
+			}
+			away := time.Since(since)
+			proxies[i].Restore()
+			restored := time.Now()
+			f.land()
+			ended := time.Since(restored)
+			entries := l.wantClosed(f.key, backIn)
+			f.wantPaid(t, entries)
+			for n, p := range f.taps {
+				got, e := tokensOf(p.reply.text), entries[p.reply.request()]
+				switch whole := p.reply.done && got == p.ask.tokens; {
+				case n < 2 && (!whole || e.Outcome != "done" || e.Completion != int64(got)):
+					t.Errorf("a reply that ended meanwhile has %d of %d tokens, error %+v; ledger has %+v", got, p.ask.tokens, p.reply.err, e)
+				case n >= 2 && p.reply.code() != string(schemas.CodeInternalError):
+					t.Errorf("a reply went on after the lease was lost: done %v, error %+v", p.reply.done, p.reply.err)
+				}
+			}
+			stack.Until(t, 20*time.Second, "a reply again", func() bool {
+				r := client.chat(t.Context(), true, priced(t, 5, nil))
+				return r.status == http.StatusOK && r.done
+			})
+			t.Logf("away for %s, %d requests refused; the last reply ended %s after", away.Round(time.Millisecond), refused, ended.Round(time.Millisecond))
+		})
+	}
+	cuts.Wait()
 }

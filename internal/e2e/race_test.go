@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
 )
@@ -304,4 +305,45 @@ func aloneWithSlot(t *testing.T, c *threeEdges) {
 	if _, peak := c.ledger.peaks(key); peak != 1 {
 		t.Errorf("%d were in flight at once", peak)
 	}
+}
+
+// TestRepliesAreCutByTheBudget has replies without a limit race for a budget that doesn't
+// pay for all of them. They get what there is, bit by bit, and end with "length" where there
+// is no more; the budget isn't overspent, and all of it is spent.
+func TestRepliesAreCutByTheBudget(t *testing.T) {
+	const cents, tokens = 20, 300 // of 4,000 tokens in all, about ten replies with their prompts
+	c := startThreeEdges(t, stack.Flag("open-tokens", 16))
+	c.ledger.notePeaks()
+	setPrice(t, c.Cluster, demo.ModelID, tabPrice)
+	key, secret := newKey(t, c.Cluster, books.NewKey{BudgetCents: new(int64(cents))})
+	ctx, cancel := context.WithTimeout(t.Context(), raceTime)
+	defer cancel()
+	edges := clientsOf(t, c.edges, secret)
+	fields := priced(t, tokens, map[string]any{"tokens_per_second": 200})
+	replies := together(40, func(i int) reply { return edges[i%3].obedient(ctx, i%5 != 0, fields) })
+	entries := c.ledger.wantClosed(key, 5*time.Second)
+	ends := make(map[string]int)
+	for _, r := range replies {
+		if r.status != http.StatusOK {
+			want429(t, r, schemas.CodeBudgetExceeded)
+			ends[r.code()]++
+			continue
+		}
+		wantWhole(t, r)
+		ends[r.finish]++
+		got, e := tokensOf(r.text), entries[r.request()]
+		if got > tokens || (r.finish == "stop") != (got == tokens) && got != tokens || int64(got) != e.Completion || e.Outcome != "done" {
+			t.Errorf("a reply has %d of %d tokens and ends with %q; the ledger has %+v", got, tokens, r.finish, e)
+		}
+	}
+	peak, _ := c.ledger.peaks(key)
+	// What is left pays for no prompt with a token of reply.
+	left := cents*books.MicroCents - c.ledger.holding(key).Spent
+	if peak > cents*books.MicroCents || left < 0 || left >= int64(promptBound(t)+1)*tabPrice/1000 {
+		t.Errorf("at most %d of %d were spent and reserved, and %d are left", peak, int64(cents*books.MicroCents), left)
+	}
+	if ends["length"] == 0 || ends["length"]+ends["stop"] != len(entries) {
+		t.Errorf("replies ended with %v, and the ledger has %d", ends, len(entries))
+	}
+	t.Logf("replies ended with %v, %d micro-cents are left", ends, left)
 }

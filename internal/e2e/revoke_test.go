@@ -47,7 +47,7 @@ func TestChangesEndRunningReplies(t *testing.T) {
 			func(books.Key) error { _, err := api.SuspendTenant(ctx, tenant.Slug); return err },
 			func() error { _, err := api.ResumeTenant(ctx, tenant.Slug); return err },
 		},
-		{"rotation without an overlap", schemas.CodeKeyInvalid, func(k books.Key) error { _, err := api.RotateKey(ctx, k.ID, adminapi.RotateKey{}); return err }, nil},
+		{"rotation without an overlap", schemas.CodeKeyExpired, func(k books.Key) error { _, err := api.RotateKey(ctx, k.ID, adminapi.RotateKey{}); return err }, nil},
 	} {
 		t.Run(change.name, func(t *testing.T) {
 			k, shown, err := c.Books.CreateKey(ctx, books.NewKey{Tenant: tenant.Slug, User: string(user.ID), BudgetCents: new(int64(1000))})

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -106,7 +107,8 @@ type Process struct {
 func Run(t testing.TB, name string, env []string, path string, args ...string) *Process {
 	t.Helper()
 	p := &Process{t: t, name: name, cmd: exec.Command(path, args...), done: make(chan struct{})}
-	p.cmd.Env = append(os.Environ(), env...)
+	// The race detector would have each of our processes sleep for a second at its end.
+	p.cmd.Env = slices.Concat([]string{"GORACE=atexit_sleep_ms=50"}, os.Environ(), env)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	out, in, err := os.Pipe()
 	if err != nil {

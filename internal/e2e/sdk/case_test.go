@@ -12,9 +12,7 @@ import (
 )
 
 // notYet are the codes that nothing sends yet.
-var notYet = []schemas.Code{
-	schemas.CodeBudgetExceeded, schemas.CodeConcurrencyLimit, schemas.CodeTenantQPSLimit, schemas.CodeTunnelDown,
-}
+var notYet = []schemas.Code{schemas.CodeTunnelDown}
 
 // checkCodes makes sure that the cases cover the error table.
 func checkCodes(t *testing.T, cases []errorCase) {
@@ -38,15 +36,15 @@ func newCase(name string, code schemas.Code, c errorCase) errorCase {
 		c.Expect.Headers = map[string]string{"retry-after": "^([1-9]|10)$"}
 	}
 	if info.Status < 429 {
-		c.Retry = new(bool)
+		c.Retries = new(0)
 	}
 	return c
 }
 
-// again is a case whose SDK tries again, after the pause that it was told.
-func again(c errorCase) errorCase {
-	yes := true
-	c.Name, c.Call, c.Retry = c.Name+" again", "chat", &yes
+// again is a case whose SDK tries again so often, each time after the pause that it was
+// told.
+func again(c errorCase, retries int) errorCase {
+	c.Name, c.Call, c.Retries = c.Name+" again", "chat", &retries
 	return c
 }
 
@@ -59,7 +57,7 @@ func asked(field string, value any) object {
 
 // cases are the ways to every code of the contract that something sends.
 func (h *household) cases() []errorCase {
-	cases := slices.Concat(h.keyCases(), h.requestCases(), h.modelCases(), h.backendCases())
+	cases := slices.Concat(h.keyCases(), h.limitCases(), h.requestCases(), h.modelCases(), h.backendCases())
 	for i := range cases {
 		c := &cases[i]
 		if c.Key == "" {
@@ -134,7 +132,21 @@ func (h *household) keyCases() []errorCase {
 	add("model out of scope", schemas.CodeScopeRequired, errorCase{Key: scoped.Secret, Call: "model", Expect: scope})
 	add("address of many bad requests", schemas.CodeTooManyFailures, errorCase{Key: unknownKey(), BaseURL: h.strict})
 	lost := newCase("edge without its database", schemas.CodeInternalError, errorCase{BaseURL: h.cut})
-	return append(cases, lost, again(lost))
+	return append(cases, lost, again(lost, 1))
+}
+
+// limitCases are those of what a key or a tenant may have. An SDK tries again twice, as it
+// does if nobody tells it otherwise, unless the money is spent.
+func (h *household) limitCases() []errorCase {
+	spent := newCase("key whose money is spent", schemas.CodeBudgetExceeded, errorCase{Key: h.spent, Model: pricedModel})
+	spent.Retries = new(0)
+	spent.Expect.Headers = map[string]string{"retry-after": "^[1-9][0-9]*$", "x-should-retry": "^false$"}
+	full := newCase("key with a request in flight", schemas.CodeConcurrencyLimit, errorCase{Key: h.busy})
+	hurried := newCase("tenant that is too fast", schemas.CodeTenantQPSLimit, errorCase{Key: h.hurried})
+	for _, c := range []errorCase{full, hurried} {
+		c.Expect.Headers["retry-after"] = "^1$"
+	}
+	return []errorCase{spent, full, again(full, 2), hurried, again(hurried, 2)}
 }
 
 // requestCases are those of requests that are wrong.
@@ -196,7 +208,7 @@ func (h *household) modelCases() []errorCase {
 	}
 	loading := newCase("model that loads", schemas.CodeModelLoading, errorCase{Model: coldModel})
 	full := newCase("queue that is full", schemas.CodeQueueFull, errorCase{Model: busyModel})
-	cases = append(cases, loading, again(loading), full, again(full))
+	cases = append(cases, loading, again(loading, 1), full, again(full, 1))
 	add("model that can't be loaded", schemas.CodeBackendError, errorCase{Model: failModel})
 	return cases
 }

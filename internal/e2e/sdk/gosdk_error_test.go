@@ -88,8 +88,10 @@ func (s goSDK) oneCase(t *testing.T, c errorCase, call string) {
 	if c.BaseURL != "" {
 		opts = append(opts, option.WithBaseURL(c.BaseURL))
 	}
-	if c.Retry != nil {
-		opts = append(opts, option.WithMaxRetries(1))
+	retries := 0
+	if c.Retries != nil {
+		retries = *c.Retries
+		opts = append(opts, option.WithMaxRetries(max(1, retries)))
 	}
 	p := s.params()
 	p.Model = c.Model
@@ -138,13 +140,12 @@ func (s goSDK) oneCase(t *testing.T, c errorCase, call string) {
 			t.Errorf("header %s is %q, want %s", name, value, pattern)
 		}
 	}
-	retried := c.Retry != nil && *c.Retry
-	if len(tries.at) != map[bool]int{false: 1, true: 2}[retried] {
-		t.Fatalf("the SDK tried %d times; retry: %v", len(tries.at), retried)
+	if len(tries.at) != 1+retries {
+		t.Fatalf("the SDK tried %d times, want %d", len(tries.at), 1+retries)
 	}
-	if retried {
+	for i, at := range tries.at[1:] {
 		seconds, err := strconv.ParseFloat(got.Response.Header.Get("Retry-After"), 64)
-		if pause := tries.at[1].Sub(tries.at[0]); err != nil || pause.Seconds() < 0.9*seconds {
+		if pause := at.Sub(tries.at[i]); err != nil || pause.Seconds() < 0.9*seconds {
 			t.Errorf("tried again after %v; Retry-After: %v s, %v", pause, seconds, err)
 		}
 	}

@@ -8,9 +8,10 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/internal/adminapi"
@@ -25,22 +26,23 @@ const wait = 30 * time.Second
 
 // The models of the demo backend.
 const (
-	textModel  = "demo-text"        // completion only
-	slashModel = "qwen/qwen2.5:32b" // as the demo model, under another name
-	coldModel  = "demo-cold"        // loads for longer than the test takes
-	failModel  = "demo-broken"      // can't be loaded
-	smallModel = "demo-small"       // with a small context window
-	busyModel  = "demo-busy"        // whose queue is full
-	awayModel  = "demo-away"        // of an agent that has left
-	missing    = "demo-never-heard-of"
-	window     = 64
-	queueBound = 8
+	textModel   = "demo-text"        // completion only
+	slashModel  = "qwen/qwen2.5:32b" // as the demo model, under another name
+	coldModel   = "demo-cold"        // loads for longer than the test takes
+	failModel   = "demo-broken"      // can't be loaded
+	smallModel  = "demo-small"       // with a small context window
+	busyModel   = "demo-busy"        // whose queue is full
+	pricedModel = "demo-priced"      // costs something
+	awayModel   = "demo-away"        // of an agent that has left
+	missing     = "demo-never-heard-of"
+	window      = 64
+	queueBound  = 8
 )
 
 func models() []schemas.Model {
 	demoModel := demo.DefaultModel()
 	list := []schemas.Model{demoModel}
-	for _, id := range []string{textModel, slashModel, coldModel, failModel, smallModel, busyModel} {
+	for _, id := range []string{textModel, slashModel, coldModel, failModel, smallModel, busyModel, pricedModel} {
 		m := demoModel
 		m.ID = id
 		switch id {
@@ -71,6 +73,9 @@ type household struct {
 	// hasty is an edge that waits a second for a token and three for a reply, strict one that has had enough of
 	// bad requests, and cut one that has lost its database.
 	hasty, strict, cut string
+	// spent is a key whose money is spent, busy one with as many requests in flight as it may
+	// have, and hurried one of a tenant whose requests come too fast.
+	spent, busy, hurried string
 }
 
 func newHousehold(t *testing.T) *household {
@@ -103,13 +108,17 @@ func newHousehold(t *testing.T) *household {
 	h.cut = h.startEdge(books.URL())
 	books.Cut()
 	h.fillQueue()
+	h.useUp()
 	return h
 }
+
+// plenty is a limit that no test comes near.
+const plenty = 1_000_000
 
 // newTenant makes a tenant with a user.
 func (h *household) newTenant(slug string) adminapi.User {
 	h.t.Helper()
-	if _, err := h.admin.CreateTenant(h.t.Context(), adminapi.CreateTenant{Slug: slug}); err != nil {
+	if _, err := h.admin.CreateTenant(h.t.Context(), adminapi.CreateTenant{Slug: slug, QPS: new(plenty)}); err != nil {
 		h.t.Fatal(err)
 	}
 	return h.newUser(slug, "first@example.com")
@@ -166,6 +175,66 @@ func (h *household) startEdge(databaseURL string, args ...string) string {
 	return "http://" + addr + "/v1"
 }
 
+// useUp makes the keys that have no more of something, until the test ends.
+func (h *household) useUp() {
+	h.t.Helper()
+	ctx := h.t.Context()
+	if _, err := h.admin.SetPrice(ctx, adminapi.SetPrice{Model: pricedModel, CentsPer1kTokens: new(adminapi.Cents(1))}); err != nil {
+		h.t.Fatal(err)
+	}
+	user := h.newTenant("hurried")
+	own := h.newUser("local", "limited@example.com")
+	h.spent = h.newKey(own, func(in *adminapi.CreateKey) { in.BudgetCents = new(int64) }).Secret
+	h.busy = h.newKey(own, func(in *adminapi.CreateKey) { in.Concurrency = new(1) }).Secret
+	h.hurried = h.newKey(user, nil).Secret
+	h.hold(h.busy, demo.ModelID)
+	stack.Until(h.t, wait, "the slot to be taken", func() bool { return h.backend.Stats().Active == queueBound+1 })
+
+	h.startWorker(string(user.Tenant), "--model", demo.ModelID)
+	stack.Until(h.t, wait, "the worker of the hurried tenant", func() bool {
+		return h.get(h.BaseURL+"/models/"+demo.ModelID, h.hurried) == http.StatusOK
+	})
+	if _, err := h.admin.ChangeTenant(ctx, "hurried", adminapi.ChangeTenant{QPS: new(1)}); err != nil {
+		h.t.Fatal(err)
+	}
+	h.drain(user.Tenant)
+}
+
+// drain keeps the bucket of a tenant empty, as if others took out whatever comes in.
+func (h *household) drain(tenant schemas.TenantID) {
+	h.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	conn, err := pgx.Connect(ctx, h.DatabaseURL)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	first, done := make(chan struct{}), make(chan struct{})
+	h.t.Cleanup(func() {
+		cancel()
+		<-done
+		_ = conn.Close(context.Background())
+	})
+	go func() {
+		defer close(done)
+		for n := 0; ctx.Err() == nil; n++ {
+			_, err := conn.Exec(ctx, `
+				INSERT INTO tenant_buckets (tenant_id, full_at) VALUES ($1, (extract(epoch FROM now()) * 1000000000)::bigint + 1000000000)
+				ON CONFLICT (tenant_id) DO UPDATE SET full_at = excluded.full_at`, tenant)
+			if err != nil && ctx.Err() == nil {
+				h.t.Errorf("drain the bucket: %v", err)
+			}
+			if n == 0 {
+				close(first)
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+	}()
+	<-first
+}
+
 // visit starts a worker of the second tenant, waits until it is seen, and stops it.
 func (h *household) visit() {
 	h.t.Helper()
@@ -179,8 +248,7 @@ func (h *household) visit() {
 			id = string(tenant.ID)
 		}
 	}
-	p := stack.Run(h.t, "worker", h.environ(""), stack.Binary(h.t, stack.OwnLLM), "worker", "--data-dir", h.t.TempDir(),
-		"--ops-listen", stack.FreeAddr(h.t), "--tenant", id, "--backend", h.backend.URL, "--model", demo.ModelID+"="+awayModel)
+	p := h.startWorker(id, "--model", demo.ModelID+"="+awayModel)
 	state := func(state string) func() bool {
 		return func() bool {
 			agents, err := h.admin.Agents(h.t.Context(), h.tenant)
@@ -194,31 +262,46 @@ func (h *household) visit() {
 	stack.Until(h.t, wait, "the visiting worker to be gone", state(adminapi.AgentOffline))
 }
 
+// startWorker starts a worker of a tenant.
+func (h *household) startWorker(tenant string, args ...string) *stack.Process {
+	h.t.Helper()
+	args = append([]string{
+		"worker", "--data-dir", h.t.TempDir(), "--ops-listen", stack.FreeAddr(h.t), "--tenant", tenant, "--backend", h.backend.URL,
+	}, args...)
+	return stack.Run(h.t, "worker", h.environ(""), stack.Binary(h.t, stack.OwnLLM), args...)
+}
+
 // fillQueue keeps the queue of the busy model full until the test ends.
 func (h *household) fillQueue() {
 	h.t.Helper()
-	body := []byte(`{"model":"` + busyModel + `","messages":[{"role":"user","content":"Hi"}],"demo":{"first_token_ms":3600000}}`)
-	ctx, cancel := context.WithCancel(context.Background())
-	var requests sync.WaitGroup
-	h.t.Cleanup(func() {
-		cancel()
-		requests.Wait()
-	})
 	for range queueBound {
-		requests.Go(func() {
-			req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.BaseURL+"/chat/completions", bytes.NewReader(body))
-			if err != nil {
-				h.t.Error(err)
-				return
-			}
-			req.Header.Set("Authorization", "Bearer "+h.APIKey)
-			if resp, err := http.DefaultClient.Do(req); err == nil {
-				_ = resp.Body.Close()
-				h.t.Errorf("a request that was to wait got status %d", resp.StatusCode)
-			}
-		})
+		h.hold(h.APIKey, busyModel)
 	}
 	stack.Until(h.t, wait, "a full queue", func() bool { return h.backend.Stats().Active == queueBound })
+}
+
+// hold keeps a request in flight until the test ends.
+func (h *household) hold(key, model string) {
+	h.t.Helper()
+	body := []byte(`{"model":"` + model + `","messages":[{"role":"user","content":"Hi"}],"demo":{"first_token_ms":3600000}}`)
+	ctx, cancel := context.WithCancel(context.Background())
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.BaseURL+"/chat/completions", bytes.NewReader(body))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+key)
+	done := make(chan struct{})
+	h.t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+	go func() {
+		defer close(done)
+		if resp, err := http.DefaultClient.Do(req); err == nil {
+			_ = resp.Body.Close()
+			h.t.Errorf("a request that was to wait got status %d", resp.StatusCode)
+		}
+	}()
 }
 
 // get sends a request, and returns the status of the reply.

@@ -33,9 +33,10 @@ type errorCase struct {
 	// Body is laid over the body that the check sends, Omit takes fields out of it.
 	Body map[string]any `json:"body,omitempty"`
 	Omit []string       `json:"omit,omitempty"`
-	// Retry says whether an SDK that may try twice does so; nil: it may try once.
-	Retry  *bool    `json:"retry,omitempty"`
-	Expect expected `json:"expect"`
+	// Retries is how often an SDK tries again that may do so as often, or once if that is
+	// 0; nil: it may try only once.
+	Retries *int     `json:"retries,omitempty"`
+	Expect  expected `json:"expect"`
 }
 
 type expected struct {
