@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"maps"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -126,9 +128,9 @@ func TestFailoverFromAFrozenWorker(t *testing.T) {
 	thawed.Go(func() {
 		stack.Until(t, 30*time.Second, "streams to run", func() bool { return backends[0].Stats().Tokens > 20*streams })
 		c.StartWorker(backends[1].URL).Serving()
-		time.Sleep(1500 * time.Millisecond) // until the edge has heard of it
+		awaitAgents(t, edge, 2)
 		frozen.Signal(syscall.SIGSTOP)
-		time.Sleep(2 * time.Second)
+		time.Sleep(2 * time.Second) // less than presence.StaleAfter
 		frozen.Signal(syscall.SIGCONT)
 		time.Sleep(1500 * time.Millisecond)
 		if n := backends[1].Stats().Started; n != 0 {
@@ -156,5 +158,68 @@ func TestFailoverFromAFrozenWorker(t *testing.T) {
 		t.Errorf("%d replies, and %d rows in the ledger", streams, len(entries))
 	}
 	stack.Until(t, 10*time.Second, "the frozen worker to give up", func() bool { return backends[0].Stats().Active == 0 })
+	stack.Until(t, 10*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+}
+
+// TestWhatCannotBeContinued kills a worker whose replies have more to them than text. Each
+// ends with an error, soon, though another worker has the model.
+func TestWhatCannotBeContinued(t *testing.T) {
+	backends := []*stack.Backend{stack.StartBackend(t, longDemo()), stack.StartBackend(t, longDemo())}
+	c := stack.StartCluster(t)
+	edge := c.StartEdge()
+	client, key := failoverClient(t, c, edge)
+	doomed := c.StartWorker(backends[0].URL).Serving()
+	awaitAgents(t, edge, 1)
+	tools := []any{map[string]any{"type": "function", "function": map[string]any{"name": "f"}}}
+	kinds := []struct {
+		name         string
+		fields, demo map[string]any
+	}{
+		{"two choices", map[string]any{"n": 2}, nil},
+		{"logprobs", map[string]any{"logprobs": true}, nil},
+		{"JSON", map[string]any{"response_format": map[string]any{"type": "json_object"}}, nil},
+		{"JSON of a schema", map[string]any{"response_format": map[string]any{"type": "json_schema", "json_schema": map[string]any{"name": "x", "schema": map[string]any{}}}}, nil},
+		{"a grammar", map[string]any{"guided_regex": "[0-9 ]*"}, nil},
+		{"tool calls", map[string]any{"tools": tools}, map[string]any{"tool_calls": 128}},
+		{"reasoning", nil, map[string]any{"reasoning_tokens": 500}},
+		{"a reply that the client began", map[string]any{"messages": []map[string]string{{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " 0 1"}}}, nil},
+	}
+	var died atomic.Int64
+	var killed sync.WaitGroup
+	killed.Go(func() {
+		stack.Until(t, 30*time.Second, "streams to run", func() bool {
+			s := backends[0].Stats()
+			return s.Active == int64(len(kinds)) && s.Tokens > int64(20*len(kinds))
+		})
+		c.StartWorker(backends[1].URL).Serving()
+		awaitAgents(t, edge, 2)
+		died.Store(time.Now().UnixNano())
+		doomed.Kill()
+	})
+	ends := make([]time.Time, len(kinds))
+	replies := together(len(kinds), func(i int) reply {
+		fields := map[string]any{"tokens": 1000, "numbered": true, "tokens_per_second": 20}
+		maps.Copy(fields, kinds[i].demo)
+		all := map[string]any{"demo": fields}
+		maps.Copy(all, kinds[i].fields)
+		r := client.chat(t.Context(), true, all)
+		ends[i] = time.Now()
+		return r
+	})
+	killed.Wait()
+	for i, r := range replies {
+		if r.done || r.broken != nil || r.code() != "agent_offline" {
+			t.Errorf("%s: done %v, broken %v, error %+v", kinds[i].name, r.done, r.broken, r.err)
+		}
+		if took := ends[i].Sub(time.Unix(0, died.Load())); took > 5*time.Second {
+			t.Errorf("%s: ended %s after its agent", kinds[i].name, took)
+		}
+	}
+	if n := backends[1].Stats().Started; n != 0 {
+		t.Errorf("the other backend was asked %d times", n)
+	}
+	if entries := openLedger(t, c.DatabaseURL).wantClosed(key, 10*time.Second); len(entries) != len(kinds) {
+		t.Errorf("%d replies, and %d rows in the ledger", len(kinds), len(entries))
+	}
 	stack.Until(t, 10*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
 }

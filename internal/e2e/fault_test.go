@@ -138,8 +138,8 @@ func TestAgentDiesBeforeFirstToken(t *testing.T) {
 	}
 }
 
-// TestAgentDiesInMidStream: what was delivered can't be taken back, so the stream ends
-// with an error, soon.
+// TestAgentDiesInMidStream: nobody else has the model, so the stream ends with an error,
+// soon.
 func TestAgentDiesInMidStream(t *testing.T) {
 	backend := stack.StartBackend(t, demo.Options{})
 	c := stack.StartCluster(t)
