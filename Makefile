@@ -78,14 +78,14 @@ fuzz: ## every fuzz target, for FUZZTIME (10s) each
 bench: ## what the broker costs: requests against direct ones, admissions against bare UPDATEs
 	go run ./internal/bench $(ARGS)
 
-.PHONY: failover
-failover: ## 200 workers killed in mid-stream, and a real model that dies in its reply
-	OWNLLM_FULL=1 $(TEST) -run "TestFailover|TestRealModelIsContinued" -timeout 30m -v ./internal/e2e
-
 .PHONY: chaos
 chaos: ## limits under load, edges killed and frozen, the database gone: as often as it takes to believe it
 	OWNLLM_FULL=1 $(TEST) -race -v -timeout 60m ./internal/e2e \
 		-run 'TestLimitsOverThreeEdges|TestEveryTokenIsAccountedFor|TestKilledEdgesLeakNothing|TestFrozenEdgesDeliverNothingUnbilled|TestPostgresAway'
+
+.PHONY: failover
+failover: ## 200 workers killed in mid-stream, and a real model that dies in its reply
+	OWNLLM_FULL=1 $(TEST) -run "TestFailover|TestRealModelIsContinued" -timeout 30m -v ./internal/e2e
 
 .PHONY: clean
 clean: ## remove what was built and installed here

@@ -190,7 +190,7 @@ func TestEdgesCutOffFromPostgres(t *testing.T) {
 			refused := 0
 			for {
 				h, err := l.look(t.Context(), f.key)
-				if err != nil || time.Since(since) > backIn {
+				if err != nil || time.Since(since) > backIn+late() {
 					t.Errorf("the slots of an edge without a database aren't back: %+v, %v", h, err)
 					break
 				}
@@ -209,7 +209,7 @@ func TestEdgesCutOffFromPostgres(t *testing.T) {
 			restored := time.Now()
 			f.land()
 			ended := time.Since(restored)
-			entries := l.wantClosed(f.key, backIn)
+			entries := l.wantClosed(f.key, backIn+late())
 			f.wantPaid(t, entries)
 			for n, p := range f.taps {
 				got, e := tokensOf(p.reply.text), entries[p.reply.request()]
