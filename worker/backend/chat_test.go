@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -369,10 +370,14 @@ func TestStaleConnection(t *testing.T) {
 	b := probe(t, Config{URL: f.URL})
 	c := testCall(false, false)
 	c.Body = []byte(`{}`)
+	var mu sync.Mutex
 	fresh := map[string]bool{}
 	f.set("POST /v1/chat/completions", func(w http.ResponseWriter, r *http.Request) {
-		if !fresh[r.RemoteAddr] {
-			fresh[r.RemoteAddr] = true
+		mu.Lock()
+		first := !fresh[r.RemoteAddr]
+		fresh[r.RemoteAddr] = true
+		mu.Unlock()
+		if first {
 			says(200, `{"choices":[{"index":0,"message":{"content":"a"},"finish_reason":"stop"}]}`)(w, r)
 			return
 		}
