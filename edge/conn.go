@@ -1,8 +1,10 @@
 package edge
 
 import (
+	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -99,11 +101,26 @@ type conn struct {
 	clients   *clients
 	writeWait time.Duration
 	closed    atomic.Bool
+	talked    bool // something has come; belongs to the reader
 	// unread says that the request was answered before all of it was read.
 	unread atomic.Bool
 	// hurry says that the client has fallen behind once, and is waited for no longer than
 	// stallGrace from then on.
 	hurry atomic.Bool
+}
+
+// Read implements net.Conn. A connection on which nothing ever came is closed without a
+// word when its time is up: an answer to no request would be taken for that to the first
+// one, if the client sends it just then.
+func (c *conn) Read(p []byte) (int, error) {
+	n, err := c.TCPConn.Read(p)
+	switch {
+	case n > 0:
+		c.talked = true
+	case !c.talked && errors.Is(err, os.ErrDeadlineExceeded):
+		err = io.EOF
+	}
+	return n, err
 }
 
 // Write implements net.Conn.

@@ -119,6 +119,25 @@ func TestMissingOwner(t *testing.T) {
 	}
 }
 
+// Once an owner was found to be gone, nothing else of it is waited for; one that is heard of
+// again gets its time again.
+func TestDepartedOwner(t *testing.T) {
+	l := newLone(t)
+	l.claim(false)
+	now := time.Now()
+	l.w.departed.add(l.owner)
+	l.answered(schemas.Verdict{Go: true, Next: 1}, now)
+	l.ownerSilent(now)
+	if l.stopped != nil {
+		t.Fatalf("an owner that was heard of again gets no time: %v", l.stopped)
+	}
+	l.w.departed.add(l.owner)
+	l.ownerSilent(now.Add(time.Millisecond))
+	if !errors.Is(l.stopped, errOwnerGone) {
+		t.Errorf("the run goes on for an owner that is gone: %v", l.stopped)
+	}
+}
+
 // What isn't taken is kept up to a bound; then the backend waits until the owner has taken
 // something, or the run has ended.
 func TestOwnerThatFallsBehind(t *testing.T) {

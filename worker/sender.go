@@ -19,6 +19,7 @@ type sender struct {
 	id      string // of the run
 	subject string // of the frames
 	inbox   string // verdicts come there
+	owner   schemas.OwnerID
 	stop    context.CancelCauseFunc
 	heard   chan struct{} // closed once the owner has the last frame, or wants none
 	room    chan struct{} // holds one token: the owner has taken frames
@@ -83,7 +84,7 @@ func newSender(w *Worker, job *schemas.Job, ackSubject string, stop context.Canc
 	s := &sender{
 		w: w, id: id, subject: schemas.OutSubject(w.cfg.Agent, job.Owner, job.Nonce),
 		inbox: w.inbox + "." + id, stop: stop, heard: make(chan struct{}), room: make(chan struct{}, 1),
-		ackSubject: ackSubject, spoke: now, reported: now, extended: now,
+		owner: job.Owner, ackSubject: ackSubject, spoke: now, reported: now, extended: now,
 	}
 	if from := job.Continue; from != nil {
 		s.tokens, s.usage = from.Tokens, schemas.Usage{PromptTokens: from.PromptTokens, CompletionTokens: from.Tokens}
@@ -228,6 +229,7 @@ func (s *sender) answered(v schemas.Verdict, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.spoke, s.missing = now, time.Time{}
+	s.w.departed.remove(s.owner)
 	if !v.Go {
 		s.settled = true
 		s.close()
@@ -295,15 +297,17 @@ func (s *sender) close() {
 	}
 }
 
-// ownerSilent notes that the bus finds no owner. One that stays away is gone.
+// ownerSilent notes that the bus finds no owner. One that stays away is gone, and then none
+// of its other requests is waited for.
 func (s *sender) ownerSilent(now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	departed := s.w.departed.has(s.owner)
 	if s.missing.IsZero() {
 		s.missing = now
-		return
 	}
-	if now.Sub(s.missing) > ownerWait {
+	if departed || now.Sub(s.missing) > ownerWait {
+		s.w.departed.add(s.owner)
 		s.close()
 		s.stop(errOwnerGone)
 	}

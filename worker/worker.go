@@ -57,6 +57,7 @@ type Worker struct {
 	bulk        *nats.Conn // large bodies, so that they never delay a token
 	stock       *stock
 	reports     *reports
+	departed    departed
 	log         *slog.Logger
 	inbox       string        // verdicts come to inbox.<run>
 	introduce   chan struct{} // holds one token: a hello is due

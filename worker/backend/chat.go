@@ -81,7 +81,7 @@ func (b *Backend) Chat(ctx context.Context, c *Call) (*Reply, error) {
 			return b.ended(c), nil
 		}
 	}
-	body, bounded, err := b.kind.requestBody(c, id, c.MaxTokens)
+	body, bounded, err := b.kind.requestBody(c, id, c.MaxTokens, int64(b.window(id)))
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +91,7 @@ func (b *Backend) Chat(ctx context.Context, c *Call) (*Reply, error) {
 	}
 	// vLLM refuses to be allowed more tokens than the window has left beside the prompt.
 	// If that is why, the window is the narrower bound, and ours isn't needed.
-	if body, _, err = b.kind.requestBody(c, id, 0); err != nil {
+	if body, _, err = b.kind.requestBody(c, id, 0, 0); err != nil {
 		return nil, err
 	}
 	return b.chat(ctx, c, body)

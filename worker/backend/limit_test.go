@@ -45,16 +45,26 @@ func TestRequestBodyWithALimit(t *testing.T) {
 		{"which means nothing to others", VLLM, 10, `{"model":"m","n_predict":-1,"max_tokens":9}`, `{"model":"up","n_predict":-1,"max_tokens":9}`},
 		{"only top-level keys count", VLLM, 10, `{"model":"m","metadata":{"max_tokens":50,"n":4}}`, `{"max_tokens":10,"model":"up","metadata":{"max_tokens":50,"n":4}}`},
 	}
+	// A limit that the window keeps by itself isn't sent to a server that would refuse it.
+	for kind, want := range map[Kind]string{VLLM: `{"model":"up"}`, Demo: `{"model":"up"}`, Ollama: `{"max_tokens":100,"model":"up"}`} {
+		got, bounded, err := kind.requestBody(&Call{Body: []byte(`{"model":"m"}`)}, "up", 100, 100)
+		if err != nil || string(got) != want || bounded != (kind == Ollama) {
+			t.Errorf("%s with a limit as large as its window: %s, %t, %v", kind, got, bounded, err)
+		}
+		if got, bounded, err := kind.requestBody(&Call{Body: []byte(`{"model":"m"}`)}, "up", 99, 100); err != nil || !bounded {
+			t.Errorf("%s with a limit below its window: %s, %t, %v", kind, got, bounded, err)
+		}
+	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			got, bounded, err := tt.kind.requestBody(&Call{Body: []byte(tt.in)}, "up", tt.most)
+			got, bounded, err := tt.kind.requestBody(&Call{Body: []byte(tt.in)}, "up", tt.most, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(tt.want, string(got)); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
-			plain, _, err := tt.kind.requestBody(&Call{Body: []byte(tt.in)}, "up", 0)
+			plain, _, err := tt.kind.requestBody(&Call{Body: []byte(tt.in)}, "up", 0, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -73,7 +83,7 @@ func FuzzRequestBodyWithALimit(f *testing.F) {
 			return
 		}
 		for _, kind := range []Kind{Ollama, VLLM, LlamaCPP, OpenAI} {
-			out, _, err := kind.requestBody(&Call{Body: in}, "up", most)
+			out, _, err := kind.requestBody(&Call{Body: in}, "up", most, 0)
 			if err != nil {
 				return
 			}

@@ -40,7 +40,7 @@ func withModel(body []byte, model string) ([]byte, error) {
 // more tokens than most, unless that is 0; and for Ollama the token limit under the name
 // that it knows. All other bytes are the client's own. bounded reports whether the client
 // asked for more than most.
-func (k Kind) requestBody(c *Call, model string, most int64) (body []byte, bounded bool, err error) {
+func (k Kind) requestBody(c *Call, model string, most, window int64) (body []byte, bounded bool, err error) {
 	body, err = edit(c.Body, func(e *editor) {
 		e.set("model", schemas.AppendString(nil, model))
 		if c.Stream {
@@ -56,7 +56,10 @@ func (k Kind) requestBody(c *Call, model string, most int64) (body []byte, bound
 		} else if e.has("stream") {
 			e.set("stream", []byte("false"))
 		}
-		if most > 0 {
+		// vLLM refuses to be allowed as many tokens as its window has, which bounds the
+		// reply by itself.
+		needless := (k == VLLM || k == Demo) && window > 0 && most/e.choices() >= window
+		if most > 0 && !needless {
 			bounded = e.bound(k, max(1, most/e.choices()))
 		}
 		if k == Ollama {

@@ -41,7 +41,7 @@ func TestRequestBody(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			in := []byte(tt.in)
-			got, _, err := tt.kind.requestBody(&Call{Body: in, Stream: tt.stream}, "up", 0)
+			got, _, err := tt.kind.requestBody(&Call{Body: in, Stream: tt.stream}, "up", 0, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -57,7 +57,7 @@ func TestRequestBody(t *testing.T) {
 
 func TestRequestBodyRefuses(t *testing.T) {
 	for _, in := range []string{``, `[]`, `{`, `{"model":}`, `{} {}`, `null`} {
-		_, _, err := VLLM.requestBody(&Call{Body: []byte(in)}, "up", 0)
+		_, _, err := VLLM.requestBody(&Call{Body: []byte(in)}, "up", 0, 0)
 		if !errors.Is(err, &schemas.Error{Code: schemas.CodeInvalidJSON}) {
 			t.Errorf("%q: %v", in, err)
 		}
@@ -69,7 +69,7 @@ func FuzzRequestBody(f *testing.F) {
 	f.Add([]byte(` {"stream_options":3,"\u006dodel":null,"max_tokens":null} `))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		for _, kind := range []Kind{Ollama, VLLM} {
-			out, _, err := kind.requestBody(&Call{Body: in, Stream: true}, `u"p`, 0)
+			out, _, err := kind.requestBody(&Call{Body: in, Stream: true}, `u"p`, 0, 0)
 			var before, after map[string]json.RawMessage
 			isObject := json.Unmarshal(in, &before) == nil && before != nil
 			if err != nil {
