@@ -280,7 +280,7 @@ var help = sync.OnceValue(func() func(words string) (string, bool) {
 
 // Every command line of the documents is one: its command exists, and so do its flags.
 func TestCommandLinesExist(t *testing.T) {
-	leaf := regexp.MustCompile(`(?m)^  ([a-z]+(?: [a-z]+)?)   `)
+	leaf := regexp.MustCompile(`(?m)^  ([a-z-]+(?: [a-z]+)?)   `)
 	overview, _ := help("")
 	commands := make(map[string]bool)
 	for _, m := range leaf.FindAllStringSubmatch(overview, -1) {

@@ -33,6 +33,8 @@ func (e *Edge) adminRoutes() {
 	api.Post("/keys/:key/rotate", e.rotateKey)
 	api.Post("/keys/:key/revoke", e.revokeKey)
 	api.Get("/agents", e.listAgents)
+	api.Post("/agents/pairings", e.createPairing)
+	api.Delete("/agents/:agent", e.removeAgent)
 	api.Get("/models", e.listAllModels)
 	api.Put("/prices", e.setPrice)
 	api.Get("/prices", e.listPrices)

@@ -23,38 +23,50 @@ const adminBodyLimit = 1 << 20
 // read decodes the body of an admin request into the struct that v points to. A field
 // that isn't known is refused: it may be a misspelt limit.
 func (e *Edge) read(c *fiber.Ctx, v any) error {
-	body, err := adminBody(c)
+	body, err := boundedBody(c, adminBodyLimit)
 	if err != nil {
 		return err
 	}
-	return decode(body, v)
+	return decode(body, v, true)
+}
+
+// readOpen is read for a request of a machine, whose software may be newer than ours: a
+// field that isn't known is passed over. limit bounds the body, in bytes.
+func (e *Edge) readOpen(c *fiber.Ctx, limit int, v any) error {
+	body, err := boundedBody(c, limit)
+	if err != nil {
+		return err
+	}
+	return decode(body, v, false)
 }
 
 // readIfAny is read for a request that may come without a body.
 func (e *Edge) readIfAny(c *fiber.Ctx, v any) error {
-	body, err := adminBody(c)
+	body, err := boundedBody(c, adminBodyLimit)
 	if err != nil || len(body) == 0 {
 		return err
 	}
-	return decode(body, v)
+	return decode(body, v, true)
 }
 
-func adminBody(c *fiber.Ctx) ([]byte, error) {
+func boundedBody(c *fiber.Ctx, limit int) ([]byte, error) {
 	var body io.Reader = strings.NewReader(string(c.Request().Body()))
 	if stream := c.Context().RequestBodyStream(); stream != nil {
 		body = stream
 	}
-	b, err := io.ReadAll(io.LimitReader(body, adminBodyLimit+1))
+	b, err := io.ReadAll(io.LimitReader(body, int64(limit)+1))
 	switch {
-	case len(b) > adminBodyLimit:
-		return nil, schemas.Errorf(schemas.CodeRequestTooLarge, "The body is larger than the %d bytes that an admin request may have.", adminBodyLimit)
+	case len(b) > limit:
+		return nil, schemas.Errorf(schemas.CodeRequestTooLarge, "The body is larger than the %d bytes that such a request may have.", limit)
 	case err != nil:
 		return nil, schemas.Errorf(schemas.CodeInvalidJSON, "The body ended early: %d bytes of it came.", len(b))
 	}
 	return b, nil
 }
 
-func decode(body []byte, v any) error {
+// decode decodes a JSON object into the struct that v points to. A field that isn't known is
+// refused if the struct is closed.
+func decode(body []byte, v any, closed bool) error {
 	var fields map[string]json.RawMessage
 	if !utf8.Valid(body) || json.Unmarshal(body, &fields) != nil || fields == nil {
 		return schemas.Errorf(schemas.CodeInvalidJSON, "The body isn't a JSON object in UTF-8.")
@@ -63,6 +75,9 @@ func decode(body []byte, v any) error {
 	for _, name := range slices.Sorted(maps.Keys(fields)) {
 		// One by one, so that it is known which is wrong.
 		if !slices.Contains(known, name) {
+			if !closed {
+				continue
+			}
 			name = clip(name)
 			return refuse(name, "There is no field %q; there are: %s.", name, strings.Join(known, ", "))
 		}

@@ -73,21 +73,28 @@ func (e *Edge) secretFor(c *fiber.Ctx) apikey.Key {
 	if name == "" {
 		return apikey.Key{}
 	}
-	mac := hmac.New(sha256.New, []byte(e.cfg.AdminToken))
-	for _, part := range []string{"the secret of an API key", c.Path(), name} {
-		mac.Write([]byte(part))
-		mac.Write([]byte{0}) // no part holds one
-	}
+	sum := e.derive("the secret of an API key", c.Path(), name)
 	// A hash has 43 digits of base 62, of which the last 24 are all but equally likely to
 	// be anything.
 	const digits, kept = 43, 24
-	text := new(big.Int).SetBytes(mac.Sum(nil)).Text(62)
+	text := new(big.Int).SetBytes(sum[:]).Text(62)
 	text = strings.Repeat("0", digits-len(text)) + text
 	secret, err := apikey.FromSecret(apikey.Begin + text[digits-kept:])
 	if err != nil {
 		panic("a derived secret isn't well-formed: " + err.Error())
 	}
 	return secret
+}
+
+// derive makes 32 bytes of texts, in a way that takes the admin token to repeat.
+func (e *Edge) derive(texts ...string) (sum [sha256.Size]byte) {
+	mac := hmac.New(sha256.New, []byte(e.cfg.AdminToken))
+	for _, text := range texts {
+		mac.Write([]byte(text))
+		mac.Write([]byte{0}) // no text holds one
+	}
+	mac.Sum(sum[:0])
+	return sum
 }
 
 // sendKey sends a key with its secret.

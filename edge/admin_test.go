@@ -248,7 +248,7 @@ func admin[T any](h *house, method, path, body string, headers ...string) (v T) 
 	h.t.Helper()
 	resp, text := h.do(method, adminapi.Prefix+path, adminToken, body, headers...)
 	want := http.StatusOK
-	if method == "POST" && strings.Count(path, "/") == 1 {
+	if method == "POST" && (strings.Count(path, "/") == 1 || path == "/agents/pairings") {
 		want = http.StatusCreated
 	}
 	if err := json.Unmarshal([]byte(text), &v); err != nil || resp.StatusCode != want {

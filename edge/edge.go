@@ -58,6 +58,10 @@ type Config struct {
 	// may make each second, and how many at once.
 	FailureRate  float64
 	FailureBurst int
+	// AgentNATSURL is the address of NATS that machines are told when they are paired. If it
+	// is empty, that is the host by which they called the edge, with NATSPort; if that is
+	// empty too, they have to know.
+	AgentNATSURL, NATSPort string
 	// AdminToken opens the admin API. Without one, the API is closed.
 	AdminToken string
 	// Drain bounds how long running replies may take to finish once the edge stops.
@@ -75,9 +79,11 @@ type Parts struct {
 	Gate       *quota.Gate
 	Books      *books.Store
 	Queue      *bus.Queue
-	Metrics    *metric.Instruments
-	Tracer     *trace.Tracer
-	Log        *slog.Logger
+	// Aside may be nil: then heartbeats over HTTPS are taken, and nobody is told.
+	Aside   Aside
+	Metrics *metric.Instruments
+	Tracer  *trace.Tracer
+	Log     *slog.Logger
 }
 
 // Edge serves the HTTP API.
@@ -91,6 +97,7 @@ type Edge struct {
 	draining atomic.Bool
 	ready    readiness
 	slugs    slugs
+	roster   *roster
 }
 
 const (
@@ -105,7 +112,7 @@ const (
 // New returns an edge that isn't listening yet.
 func New(cfg Config, parts Parts) *Edge {
 	e := &Edge{
-		Parts: parts, cfg: cfg, watch: newWatcher(), clients: newClients(),
+		Parts: parts, cfg: cfg, watch: newWatcher(), clients: newClients(), roster: newRoster(),
 		failures: newFailures(cfg.FailureRate, cfg.FailureBurst),
 	}
 	e.app = fiber.New(fiber.Config{
@@ -156,7 +163,7 @@ func (e *Edge) routes() {
 		}
 		e.app.Use(cors.New(cors.Config{
 			AllowOrigins: origins,
-			AllowMethods: "GET,POST,PUT,PATCH,OPTIONS",
+			AllowMethods: "GET,POST,PUT,PATCH,DELETE,OPTIONS",
 			ExposeHeaders: "X-Request-Id,Retry-After,X-Should-Retry," + strings.Join([]string{
 				headerLimitRequests, headerRemainingRequests, headerResetRequests, headerLimitTokens, headerRemainingTokens,
 			}, ","),
@@ -168,6 +175,7 @@ func (e *Edge) routes() {
 	e.app.Post(chatPath, e.chat)
 	e.app.Get("/v1/models", e.listModels)
 	e.app.Get("/v1/models/*", e.getModel)
+	e.agentRoutes() // before those that take an admin token
 	e.adminRoutes()
 }
 
@@ -189,6 +197,12 @@ func (e *Edge) Serve(ctx context.Context, l net.Listener) error {
 		defer close(watched)
 		e.watch.run(watching)
 	}()
+	e.Keys.OnChange(e.roster.changed)
+	tended := make(chan struct{})
+	go func() {
+		defer close(tended)
+		e.roster.tend(watching, e.Books, e.Agents)
+	}()
 	served := make(chan error, 1)
 	go func() { served <- e.app.Listener(l) }()
 	var err error
@@ -204,6 +218,7 @@ func (e *Edge) Serve(ctx context.Context, l net.Listener) error {
 	e.clients.finish(leave)
 	stopWatching()
 	<-watched
+	<-tended
 	return err
 }
 

@@ -79,6 +79,7 @@ type plan struct {
 	slots    int             // of the worker; 0: what the backend says
 	empty    bool            // no worker; the edge isn't waited for until it is ready
 	closed   bool            // no admin API
+	aside    edge.Aside      // who hears of heartbeats over HTTPS
 	limited  bool            // the tenant may make as many requests a second as by default
 }
 
@@ -111,8 +112,8 @@ func build(t testing.TB, p plan) *house {
 		must()
 	}
 
-	tokens, queue := h.bus.Queue(64)
-	bulk := h.bus.Connect("bulk")
+	_, queue := h.bus.Queue(64)
+	tokens, bulk := h.bus.Connect("tokens"), h.bus.Connect("bulk")
 	h.queue, h.agents, h.keys = queue, presence.NewTable(), keyring.New(h.store, log)
 	feed := presence.NewFeed(tokens, h.agents, log)
 	cfg := dispatch.DefaultConfig()
@@ -120,13 +121,12 @@ func build(t testing.TB, p plan) *house {
 		p.dispatch(&cfg)
 	}
 	gate := quota.New(h.store, quota.Config{}, log)
-	h.disp, err = dispatch.New(dispatch.Parts{Tokens: tokens, Bulk: bulk, Agents: h.agents, Feed: feed, Gate: gate, Log: log}, cfg)
-	must()
+	h.disp = dispatch.New(dispatch.Parts{Tokens: tokens, Bulk: bulk, Queue: queue, Agents: h.agents, Feed: feed, Gate: gate, Log: log}, cfg)
 	h.run("keyring", h.keys.Run)
 	h.run("gate", gate.Run)
 	h.run("dispatcher", h.disp.Run)
 	h.run("feed", feed.Run)
-	h.run("registry", registry.New(h.bus.Connect("registry"), queue, h.store, h.agents, log).Run)
+	h.run("registry", registry.New(h.bus.Connect("registry"), queue, offers{h.store, h.bus.Agents()}, h.agents, log).Run)
 
 	h.backend = demo.New(demo.Options{Models: p.models})
 	backends := listen(t, "127.0.0.1:0")
@@ -150,6 +150,7 @@ func build(t testing.TB, p plan) *house {
 	}
 	h.edge = edge.New(e, edge.Parts{
 		Keys: h.keys, Agents: h.agents, Feed: feed, Dispatcher: h.disp, Gate: gate, Books: h.store, Queue: queue, Log: log,
+		Aside: p.aside,
 	})
 	l := listen(t, "127.0.0.1:0")
 	h.addr = l.Addr().String()
@@ -196,11 +197,28 @@ func (h *house) run(name string, part func(context.Context) error) {
 	})
 }
 
+// offers lets agents pull what they offer, from their next connection on.
+type offers struct {
+	registry.Store
+	agents *natstest.Agents
+}
+
+// UpsertAgent implements registry.Store.
+func (o offers) UpsertAgent(ctx context.Context, r books.AgentReport) error {
+	var models []string
+	for _, m := range r.Inventory.Models {
+		models = append(models, m.ID)
+	}
+	o.agents.Offer(r.Tenant, r.ID, models...)
+	return o.Store.UpsertAgent(ctx, r)
+}
+
 // work runs a worker of a new agent.
 func (h *house) work(tenant schemas.TenantID, b backend.Config, log *slog.Logger) {
-	connect := func(name string) *nats.Conn { return h.bus.Connect(name) }
-	w := worker.New(connect("worker"), connect("worker bulk"), worker.Config{
-		Tenant: tenant, Agent: schemas.NewAgentID(), Host: "test", Backends: []backend.Config{b}, Drain: time.Second,
+	id := schemas.NewAgentID()
+	connect := func() *nats.Conn { return h.bus.Agent(tenant, id) }
+	w := worker.New(connect(), connect(), worker.Config{
+		Tenant: tenant, Agent: id, Host: "test", Backends: []backend.Config{b}, Drain: time.Second,
 	}, log)
 	h.run("worker", w.Run)
 }

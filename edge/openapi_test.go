@@ -125,6 +125,10 @@ func TestOpenAPIHasEveryRoute(t *testing.T) {
 			ids[o.OperationID] = true
 			security := "apiKey"
 			switch {
+			case path == adminapi.Prefix+adminapi.PairPath: // what it takes is in the body
+				security = ""
+			case path == adminapi.Prefix+adminapi.HeartbeatPath:
+				security = "agentCredential"
 			case strings.HasPrefix(path, adminapi.Prefix):
 				security = "adminToken"
 			case !strings.HasPrefix(path, "/v1/"):
@@ -158,6 +162,9 @@ var wireTypes = map[string]reflect.Type{
 	"Key": reflect.TypeFor[adminapi.Key](), "CreatedKey": reflect.TypeFor[adminapi.CreatedKey](), "CreateKey": reflect.TypeFor[adminapi.CreateKey](),
 	"ChangeKey": reflect.TypeFor[adminapi.ChangeKey](), "RotateKey": reflect.TypeFor[adminapi.RotateKey](),
 	"Agent": reflect.TypeFor[adminapi.Agent](), "AgentModel": reflect.TypeFor[adminapi.AgentModel](), "Model": reflect.TypeFor[adminapi.Model](),
+	"Machine": reflect.TypeFor[adminapi.Machine](), "CreatePairing": reflect.TypeFor[adminapi.CreatePairing](), "Pairing": reflect.TypeFor[adminapi.Pairing](),
+	"PairAgent": reflect.TypeFor[adminapi.PairAgent](), "PairedAgent": reflect.TypeFor[adminapi.PairedAgent](),
+	"Heartbeat": reflect.TypeFor[schemas.Heartbeat](), "HeartbeatReply": reflect.TypeFor[adminapi.HeartbeatReply](),
 	"Price": reflect.TypeFor[adminapi.Price](), "SetPrice": reflect.TypeFor[adminapi.SetPrice](),
 	"Usage": reflect.TypeFor[adminapi.Usage](), "AuditEntry": reflect.TypeFor[adminapi.AuditEntry](), "Status": reflect.TypeFor[adminapi.Status](),
 	"TenantPage": reflect.TypeFor[adminapi.List[adminapi.Tenant]](), "UserPage": reflect.TypeFor[adminapi.List[adminapi.User]](),
@@ -169,7 +176,7 @@ var wireTypes = map[string]reflect.Type{
 
 // foreign are the schemas of what is OpenAI's: real answers are held against them.
 var foreign = []string{
-	"Error", "ChatRequest", "ChatMessage", "ChatCompletion", "ChatChunk", "ChatUsage", "ModelList", "TenantID", "UserID", "KeyID", "AgentID",
+	"Error", "ChatRequest", "ChatMessage", "ChatCompletion", "ChatChunk", "ChatUsage", "ModelList", "TenantID", "UserID", "KeyID", "AgentID", "PairingID",
 }
 
 // The schemas have the fields of the wire types, and no others.
@@ -330,7 +337,8 @@ func TestOpenAPIEnumsAreTheConstants(t *testing.T) {
 		"Agent.state":      {adminapi.AgentUp, adminapi.AgentDraining, adminapi.AgentStale, adminapi.AgentOffline},
 		"Model.state":      {string(schemas.ModelReady), string(schemas.ModelCold), string(schemas.ModelLoading), string(schemas.ModelFailed)},
 		"AgentModel.state": {string(schemas.ModelReady), string(schemas.ModelCold), string(schemas.ModelLoading), string(schemas.ModelFailed)},
-		"AuditEntry.kind":  {string(books.KindTenant), string(books.KindUser), string(books.KindKey), string(books.KindPrice)},
+		"AuditEntry.kind":  {string(books.KindTenant), string(books.KindUser), string(books.KindKey), string(books.KindAgent), string(books.KindPairing), string(books.KindPrice)},
+		"Heartbeat.state":  {string(schemas.AgentUp), string(schemas.AgentDraining), string(schemas.AgentBye)},
 	} {
 		name, field, _ := strings.Cut(at, ".")
 		if got := d.Components.Schemas[name].Properties[field].Enum; !slices.Equal(got, want) {
@@ -497,6 +505,21 @@ func TestAnswersAreAsDescribed(t *testing.T) {
 	api("PUT", "/prices", `{"model":"demo","cents_per_1k_tokens":-1}`, 400)
 	api("GET", "/prices", "", 200)
 	api("GET", "/prices?tenant=acme&limit=1", "", 200)
+
+	pairing := field(api("POST", "/agents/pairings", `{"tenant":"acme","ttl_seconds":60}`, 201), "pairing_key")
+	again := `{"tenant":"acme"}`
+	if a, b := api("POST", "/agents/pairings", again, 201, "Idempotency-Key: pairing"), api("POST", "/agents/pairings", again, 201, "Idempotency-Key: pairing"); a != b {
+		t.Errorf("%s and %s", a, b)
+	}
+	machine := `{"pairing_key":"` + pairing + `","machine_id_hash":"` + strings.Repeat("0a", 32) + `","name":"rig","vram_mb":1,"ram_mb":2,"cpu_cores":3,"gpu":"","os":"linux"}`
+	paired := w.ask("POST", adminapi.Prefix+"/agents/pair", "", machine, 201)
+	w.ask("POST", adminapi.Prefix+"/agents/pair", "", machine, 401)
+	beat := string(schemas.Heartbeat{Version: schemas.ProtocolVersion, Incarnation: schemas.NewIncarnation(), State: schemas.AgentUp, Slots: 1}.Encode())
+	w.ask("POST", adminapi.Prefix+"/agents/heartbeat", field(paired, "credential"), beat, 200)
+	w.ask("POST", adminapi.Prefix+"/agents/heartbeat", pairing, beat, 401)
+	until(t, "the agent in the list", func() bool { return strings.Contains(api("GET", "/agents", "", 200), `"vram_mb":1`) })
+	api("DELETE", "/agents/"+field(paired, "agent_id"), "", 200)
+	api("DELETE", "/agents/"+field(paired, "agent_id"), "", 404)
 
 	for _, path := range []string{"/v1/models", "/v1/models/demo"} {
 		w.ask("GET", path, w.key, "", 200)

@@ -23,7 +23,9 @@ func (e *Edge) listAgents(c *fiber.Ctx) error {
 		return err
 	}
 	list, next := cut(e.Agents.Agents(tenant), p, func(a presence.AgentStatus) string { return position(a.Tenant, string(a.Agent)) })
-	return sendList(c, e.wireAgents(c.UserContext(), list), next, nil, func(a adminapi.Agent) adminapi.Agent { return a })
+	agents := e.wireAgents(c.UserContext(), list)
+	e.addMachines(c.UserContext(), agents)
+	return sendList(c, agents, next, nil, func(a adminapi.Agent) adminapi.Agent { return a })
 }
 
 // tenantPage reads which page of a list of things of tenants is asked for, and of which
@@ -198,6 +200,9 @@ func (e *Edge) status(c *fiber.Ctx) error {
 	s := adminapi.Status{
 		Version: e.cfg.Version, Ready: r.Ready, Postgres: r.Postgres, NATS: r.NATS,
 		Agents: e.wireAgents(c.UserContext(), e.Agents.Agents("")),
+	}
+	if r.Postgres == adminapi.DependencyOK {
+		e.addMachines(c.UserContext(), s.Agents)
 	}
 	return c.JSON(s)
 }

@@ -20,6 +20,8 @@ type (
 	KeyID string
 	// AgentID names a paired GPU machine ("agt_…").
 	AgentID string
+	// PairingID names a pairing key ("pai_…"); it is not secret.
+	PairingID string
 	// RequestID names a request ("req_…"); it is the x-request-id.
 	RequestID string
 	// OwnerID names one run of an edge or broker process ("own_…").
@@ -45,6 +47,9 @@ func NewKeyID() KeyID { return KeyID(newID("key_")) }
 
 // NewAgentID returns a fresh AgentID.
 func NewAgentID() AgentID { return AgentID(newID("agt_")) }
+
+// NewPairingID returns a fresh PairingID.
+func NewPairingID() PairingID { return PairingID(newID("pai_")) }
 
 // NewRequestID returns a fresh RequestID.
 func NewRequestID() RequestID { return RequestID(newID("req_")) }

@@ -12,6 +12,7 @@ func TestNewIDs(t *testing.T) {
 		"usr_": func() string { return string(NewUserID()) },
 		"key_": func() string { return string(NewKeyID()) },
 		"agt_": func() string { return string(NewAgentID()) },
+		"pai_": func() string { return string(NewPairingID()) },
 		"req_": func() string { return string(NewRequestID()) },
 		"own_": func() string { return string(NewOwnerID()) },
 		"inc_": func() string { return string(NewIncarnation()) },

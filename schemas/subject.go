@@ -60,6 +60,27 @@ func LastToken(subject string) string {
 	return subject[strings.LastIndexByte(subject, '.')+1:]
 }
 
+// AgentInboxPrefix is _INBOX_<agent>: every reply subject of a worker begins with it.
+func AgentInboxPrefix(a AgentID) string { return agentInbox + EncodeToken(string(a)) }
+
+const agentInbox = "_INBOX_"
+
+// AnswersTo reports whether a message of an agent may be answered: whether its reply
+// subject is in the inbox of the agent that its subject names. The bus checks who may
+// publish to a subject, but not which reply subject goes with it, and what it publishes
+// itself in answer to somebody, it publishes anywhere.
+func AnswersTo(subject, reply string) bool {
+	rest, ok := strings.CutPrefix(subject, Prefix)
+	kind, rest, _ := strings.Cut(rest, ".")
+	if kind != "out" && kind != "body" {
+		_, rest, _ = strings.Cut(rest, ".") // the tenant
+	}
+	agent, _, _ := strings.Cut(rest, ".")
+	inbox, of := strings.CutPrefix(reply, agentInbox)
+	inbox, is := strings.CutPrefix(inbox, agent)
+	return ok && of && is && agent != "" && len(inbox) > 1 && inbox[0] == '.'
+}
+
 // ControlSubject is ownllm.v1.ctl.<agent>: requests from owners to a live worker.
 // No responder means that no worker of that agent is connected.
 func ControlSubject(a AgentID) string { return Prefix + "ctl." + EncodeToken(string(a)) }
@@ -215,4 +236,19 @@ func DecodeToken(token string) (string, error) {
 		return "", fmt.Errorf("subject token is empty")
 	}
 	return string(b), nil
+}
+
+const connectionPrefix = "ownllm-worker "
+
+// ConnectionName is the name of a worker's connection whose end means that the run of the
+// agent has ended, unless it comes back.
+func ConnectionName(t TenantID, i Incarnation) string {
+	return connectionPrefix + EncodeToken(string(t)) + "." + EncodeToken(string(i))
+}
+
+// ParseConnectionName is the inverse of ConnectionName, and false for other names.
+func ParseConnectionName(name string) (TenantID, Incarnation, bool) {
+	rest, ok := strings.CutPrefix(name, connectionPrefix)
+	tenant, incarnation, err := parseAgent(rest)
+	return tenant, Incarnation(incarnation), ok && err == nil
 }

@@ -15,7 +15,7 @@ import (
 func (h *house) deleteConsumer(model string) {
 	h.t.Helper()
 	subject := "$JS.API.CONSUMER.DELETE." + schemas.JobStream + "." + bus.ConsumerName(agent, model)
-	m, err := h.tokens.Request(subject, nil, patience)
+	m, err := h.core.Request(subject, nil, patience)
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -30,7 +30,7 @@ func (h *house) deleteConsumer(model string) {
 // delivered counts the deliveries of the consumer, and those that wait for their
 // acknowledgement.
 func (h *house) delivered(model string) (all, pending int) {
-	m, err := h.tokens.Request("$JS.API.CONSUMER.INFO."+schemas.JobStream+"."+bus.ConsumerName(agent, model), nil, patience)
+	m, err := h.core.Request("$JS.API.CONSUMER.INFO."+schemas.JobStream+"."+bus.ConsumerName(agent, model), nil, patience)
 	if err != nil {
 		return 0, 0 // not made yet
 	}
@@ -157,12 +157,12 @@ func TestJobsThatAreNone(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := o.nc.Request(subject, payload, patience); err != nil {
+		if _, err := h.core.Request(subject, payload, patience); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
 	}
 	for _, payload := range []string{"", "\n", "{}\n{}", "no job at all"} {
-		if _, err := o.nc.Request(subject, []byte(payload), patience); err != nil {
+		if _, err := h.core.Request(subject, []byte(payload), patience); err != nil {
 			t.Fatalf("%q: %v", payload, err)
 		}
 	}

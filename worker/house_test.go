@@ -96,9 +96,17 @@ func models(ids ...string) []schemas.Model {
 }
 
 // store is a registry's store that takes everything.
-type store struct{}
+type store struct{ agents *natstest.Agents }
 
-func (store) UpsertAgent(context.Context, books.AgentReport) error { return nil }
+// UpsertAgent lets the agent pull what it offers, from its next connection on.
+func (s store) UpsertAgent(_ context.Context, r books.AgentReport) error {
+	var models []string
+	for _, m := range r.Inventory.Models {
+		models = append(models, m.ID)
+	}
+	s.agents.Offer(r.Tenant, r.ID, models...)
+	return nil
+}
 func (store) TouchAgents(context.Context, []schemas.AgentID) error { return nil }
 
 // house is all that lies between a client and a worker: the bus, a broker, an owner.
@@ -110,6 +118,7 @@ type house struct {
 	feed      *presence.Feed
 	d         *dispatch.Dispatcher
 	stopOwner func()
+	core      *nats.Conn // to the account of the queue
 	tokens    *nats.Conn // of the worker
 	stop      func()     // stops the worker, and waits until it has
 	books     *quotatest.Books
@@ -120,25 +129,21 @@ type house struct {
 func newHouse(t testing.TB, cfg worker.Config) *house {
 	t.Helper()
 	h := &house{t: t, nats: natstest.Start(t), table: presence.NewTable(), books: quotatest.New()}
-	_, h.queue = h.nats.Queue(100)
+	h.core, h.queue = h.nats.Queue(100)
 	broker, owner := h.nats.Connect("broker"), h.nats.Connect("owner")
 	h.feed = presence.NewFeed(owner, h.table, natstest.Log)
 	deadlines := dispatch.DefaultConfig()
 	deadlines.ColdWait = patience
-	var err error
-	h.d, err = dispatch.New(dispatch.Parts{
-		Tokens: owner, Bulk: h.nats.Connect("bulk"), Agents: h.table, Feed: h.feed,
+	h.d = dispatch.New(dispatch.Parts{
+		Tokens: owner, Bulk: h.nats.Connect("bulk"), Queue: h.queue, Agents: h.table, Feed: h.feed,
 		Gate: h.books.Gate(t, quota.Config{}), Log: natstest.Log,
 	}, deadlines)
-	if err != nil {
-		t.Fatal(err)
-	}
 	background(t, h.feed.Run)
 	h.stopOwner = background(t, h.d.Run)
-	background(t, registry.New(broker, h.queue, store{}, h.table, natstest.Log).Run)
+	background(t, registry.New(broker, h.queue, store{h.nats.Agents()}, h.table, natstest.Log).Run)
 	cfg.Tenant, cfg.Agent, cfg.Host, cfg.Software = tenant, agent, "host", "test"
-	h.tokens = h.nats.Connect("worker")
-	w := worker.New(h.tokens, h.nats.Connect("worker bulk"), cfg, natstest.Log)
+	h.tokens = h.nats.Agent(tenant, agent)
+	w := worker.New(h.tokens, h.nats.Agent(tenant, agent), cfg, natstest.Log)
 	h.stop = background(t, w.Run)
 	until(t, "the worker", func() bool { return h.status().State == schemas.AgentUp && len(h.status().Models) > 0 })
 	return h

@@ -3,7 +3,9 @@ package worker
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -19,7 +21,30 @@ const (
 	helloRetry = 250 * time.Millisecond
 	// helloPause is how long a worker that was refused waits before it asks again.
 	helloPause = 10 * time.Second
+	// renewPause is the least time between two renewals of the connection. renewHold is how
+	// long one is put off for jobs of models that are gone, and renewLook how often it is
+	// looked for them.
+	renewPause = 2 * time.Second
+	renewHold  = 30 * time.Second
+	renewLook  = 100 * time.Millisecond
 )
+
+// busError takes in what goes wrong with the connection by itself.
+func (w *Worker) busError(_ *nats.Conn, sub *nats.Subscription, err error) {
+	if errors.Is(err, nats.ErrPermissionViolation) {
+		select {
+		case w.refused <- time.Now():
+		default:
+		}
+		w.log.Info("the bus doesn't know yet what this worker may do", "error", err)
+		return
+	}
+	subject := ""
+	if sub != nil {
+		subject = sub.Subject
+	}
+	w.log.Warn("bus error", "subject", subject, "error", err)
+}
 
 // introduceAndPull says hello whenever that is due, and pulls from the consumers that
 // the broker names, until ctx ends. It returns once nothing is pulled any more. Jobs
@@ -34,12 +59,36 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 	defer loops.Wait()
 	retry := time.NewTimer(0)
 	defer retry.Stop()
+	// What a connection may pull was settled when it was made, by what the brokers knew
+	// then. Since the last hello they may know more, so the connection is renewed once the
+	// bus refuses something. Nothing gets lost, and the hello is said again.
+	renew := time.NewTimer(0)
+	<-renew.C
+	defer renew.Stop()
+	var refused, renewed time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-w.introduce:
 		case <-retry.C:
+		case now := <-w.refused:
+			if refused.IsZero() {
+				refused = now
+				renew.Reset(max(0, renewPause-now.Sub(renewed)))
+			}
+			continue
+		case now := <-renew.C:
+			// A job of a model that is gone couldn't be acknowledged any more.
+			if now.Sub(refused) < renewHold && slices.ContainsFunc(w.list(), func(r *run) bool { _, ok := pulls[r.job.Model]; return !ok }) {
+				renew.Reset(renewLook)
+				continue
+			}
+			refused, renewed = time.Time{}, now
+			if err := w.tokens.ForceReconnect(); err != nil {
+				w.log.Warn("connection not renewed", "error", err)
+			}
+			continue
 		}
 		welcome, err := w.hello(ctx)
 		if err != nil {

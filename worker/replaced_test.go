@@ -17,18 +17,18 @@ func TestReplacedWorker(t *testing.T) {
 	t.Parallel()
 	s := newServer(t, demo.Options{})
 	h := newHouse(t, worker.Config{Backends: []backend.Config{{URL: s.URL, Slots: 1}}, Drain: patience})
-	fresh := func(name string) *worker.Worker {
-		return worker.New(h.nats.Connect(name), h.nats.Connect(name+" bulk"), worker.Config{
+	fresh := func() *worker.Worker {
+		return worker.New(h.nats.Agent(tenant, agent), h.nats.Agent(tenant, agent), worker.Config{
 			Tenant: tenant, Agent: agent, Host: "host", Software: "test",
 			Backends: []backend.Config{{URL: s.URL, Slots: 1}}, Drain: patience,
 		}, natstest.Log)
 	}
 	first := h.status().Incarnation
 	ended := make(chan error, 1)
-	go func() { ended <- fresh("second").Run(context.Background()) }()
+	go func() { ended <- fresh().Run(context.Background()) }()
 	until(t, "the second worker to take over", func() bool { return h.status().Incarnation > first })
 	second := h.status().Incarnation
-	background(t, fresh("third").Run)
+	background(t, fresh().Run)
 	select {
 	case err := <-ended:
 		if err != nil {

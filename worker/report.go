@@ -69,7 +69,7 @@ func (r *reports) flush() {
 	if !r.try(ctx) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		r.log.Error("reports on requests without owners are lost", "requests", len(r.list))
+		r.log.Error("reports on requests without owners are lost", "count", len(r.list))
 	}
 }
 

@@ -24,7 +24,7 @@ func (o *owner) die() {
 // reports returns the usage reports that are stored.
 func (h *house) reports() (list []*schemas.UsageReport) {
 	h.t.Helper()
-	js, err := h.tokens.JetStream()
+	js, err := h.core.JetStream()
 	if err != nil {
 		h.t.Fatal(err)
 	}

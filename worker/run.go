@@ -292,7 +292,7 @@ func (r *run) account() {
 	if !unsettled {
 		return
 	}
-	r.w.log.Warn("request has lost its owner", "request", r.job.Request, "tokens", usage.CompletionTokens)
+	r.w.log.Warn("request has lost its owner", "request", r.job.Request, "completion_tokens", usage.CompletionTokens)
 	r.w.reports.add(&schemas.UsageReport{
 		Version: schemas.ProtocolVersion, Request: r.job.Request, Attempt: r.job.Attempt, Usage: usage,
 	})

@@ -45,16 +45,13 @@ const nobody = schemas.OwnerID("own_nobody")
 func newBadLine(t *testing.T) *badLine {
 	t.Helper()
 	server := natstest.Start(t)
-	server.Queue(1e6)
+	core, queue := server.Queue(1e6)
 	table := presence.NewTable()
 	owner := server.Connect("owner")
-	d, err := dispatch.New(dispatch.Parts{
-		Tokens: owner, Bulk: owner, Agents: table, Feed: presence.NewFeed(owner, table, natstest.Log),
+	d := dispatch.New(dispatch.Parts{
+		Tokens: owner, Bulk: owner, Queue: queue, Agents: table, Feed: presence.NewFeed(owner, table, natstest.Log),
 		Gate: quotatest.New().Gate(t, quota.Config{}), Log: natstest.Log,
 	}, dispatch.DefaultConfig())
-	if err != nil {
-		t.Fatal(err)
-	}
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- d.Run(ctx) }()
@@ -64,14 +61,20 @@ func newBadLine(t *testing.T) *badLine {
 			t.Error(err)
 		}
 	})
-	tokens := server.Connect("worker")
+	tokens := server.Agent(testTenant, testAgent, testModel)
+	line := server.Config("line")
+	line.InboxPrefix = schemas.AgentInboxPrefix(testAgent)
 	l := &badLine{
 		w:  New(tokens, tokens, Config{Tenant: testTenant, Agent: testAgent}, natstest.Log),
-		nc: server.Connect("line"), d: d,
+		nc: server.Open(line), d: d,
 	}
 	l.inbox = l.nc.NewInbox()
+	var err error
+	if l.jobs, err = core.SubscribeSync(schemas.JobSubjects); err != nil {
+		t.Fatal(err)
+	}
 	for subject, sub := range map[string]**nats.Subscription{
-		schemas.JobSubjects: &l.jobs, schemas.OutWildcard(nobody): &l.frames, l.inbox + ".*": &l.verdicts,
+		schemas.OutWildcard(nobody): &l.frames, l.inbox + ".*": &l.verdicts,
 	} {
 		if *sub, err = l.nc.SubscribeSync(subject); err != nil {
 			t.Fatal(err)

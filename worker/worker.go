@@ -9,7 +9,8 @@
 // What a request has burnt whose owner dies, it reports to the brokers, who have kept the
 // money for it.
 //
-// The goroutines: one for heartbeats, inventory, progress and reports each, one for each model
+// The goroutines: one for heartbeats on the bus, heartbeats beside it, inventory, progress and
+// reports each, one for each model
 // that pulls jobs, and one for each job at hand. Run waits for all of them.
 package worker
 
@@ -35,6 +36,8 @@ import (
 type Config struct {
 	Tenant schemas.TenantID
 	Agent  schemas.AgentID
+	// Incarnation is that of this run of the agent; a new one is made if it is empty.
+	Incarnation schemas.Incarnation
 	// Host is the name of the machine, for people.
 	Host string
 	// Software is the version of this build.
@@ -44,6 +47,8 @@ type Config struct {
 	Backends []backend.Config
 	// Drain bounds how long running jobs may take to finish once the worker stops.
 	Drain time.Duration
+	// Aside is told of the worker while it has no link to the bus; it may be nil.
+	Aside Aside
 	// Metrics and Tracer record what the worker does; both may be nil.
 	Metrics *metric.Instruments
 	Tracer  *trace.Tracer
@@ -59,10 +64,11 @@ type Worker struct {
 	reports     *reports
 	departed    departed
 	log         *slog.Logger
-	inbox       string        // verdicts come to inbox.<run>
-	introduce   chan struct{} // holds one token: a hello is due
-	reconnected chan struct{} // likewise: the bus is back
-	replaced    chan struct{} // likewise: a newer run of the agent has taken over
+	inbox       string         // verdicts come to inbox.<run>
+	introduce   chan struct{}  // holds one token: a hello is due
+	reconnected chan struct{}  // likewise: the bus is back
+	refused     chan time.Time // likewise: when the bus didn't let the worker do something
+	replaced    chan struct{}  // likewise: a newer run of the agent has taken over
 
 	mu    sync.Mutex
 	state schemas.AgentState
@@ -74,11 +80,12 @@ type Worker struct {
 // New returns a worker that uses the two connections. The caller closes them.
 func New(tokens, bulk *nats.Conn, cfg Config, log *slog.Logger) *Worker {
 	w := &Worker{
-		cfg: cfg, incarnation: schemas.NewIncarnation(), tokens: tokens, bulk: bulk,
+		cfg: cfg, incarnation: cfg.Incarnation, tokens: tokens, bulk: bulk,
 		log: log.With("agent", cfg.Agent), inbox: tokens.NewInbox(),
 		introduce:   make(chan struct{}, 1),
 		reconnected: make(chan struct{}, 1),
 		replaced:    make(chan struct{}, 1),
+		refused:     make(chan time.Time, 1),
 		state:       schemas.AgentUp,
 		runs:        make(map[schemas.Nonce]*run),
 		byRun:       make(map[string]*run),
@@ -88,6 +95,9 @@ func New(tokens, bulk *nats.Conn, cfg Config, log *slog.Logger) *Worker {
 	w.reports = newReports(func(ctx context.Context, u *schemas.UsageReport) error {
 		return bus.ReportUsage(ctx, w.bulk, cfg.Tenant, cfg.Agent, u)
 	}, w.log)
+	if w.incarnation == "" {
+		w.incarnation = schemas.NewIncarnation()
+	}
 	return w
 }
 
@@ -122,11 +132,14 @@ func (w *Worker) Run(ctx context.Context) error {
 		signal(w.reconnected)
 	})
 	defer w.tokens.SetReconnectHandler(nil)
+	w.tokens.SetErrorHandler(w.busError)
+	defer w.tokens.SetErrorHandler(nil)
 
 	w.stock.refresh(ctx)
 	signal(w.introduce)
 	background, bgCtx := errgroup.WithContext(life)
 	background.Go(func() error { return w.beat(bgCtx) })
+	background.Go(func() error { return w.beatAside(bgCtx) })
 	background.Go(func() error { return w.pump(bgCtx) })
 	background.Go(func() error { return w.reports.run(bgCtx) })
 	background.Go(func() error { return w.watchStock(bgCtx) })

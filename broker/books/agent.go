@@ -18,8 +18,22 @@ type Agent struct {
 	Inventory     schemas.Inventory   `json:"inventory"`
 	InventoryHash string              `json:"inventory_hash"`
 	Incarnation   schemas.Incarnation `json:"incarnation"`
-	LastSeen      time.Time           `json:"last_seen"`
-	CreatedAt     time.Time           `json:"created_at"`
+	// Machine is what the machine said of itself when it was paired.
+	Machine Machine `json:"machine"`
+	// LastSeen is zero if it never was.
+	LastSeen  time.Time `json:"last_seen"`
+	CreatedAt time.Time `json:"created_at"`
+}
+
+const agentColumns = `id, tenant_id, name, inventory, inventory_hash, incarnation, facts, coalesce(last_seen, 'epoch'), created_at`
+
+func scanAgent(row pgx.CollectableRow) (Agent, error) {
+	var a Agent
+	err := row.Scan(&a.ID, &a.Tenant, &a.Name, &a.Inventory, &a.InventoryHash, &a.Incarnation, &a.Machine, &a.LastSeen, &a.CreatedAt)
+	if a.LastSeen.Unix() == 0 {
+		a.LastSeen = time.Time{}
+	}
+	return a, err
 }
 
 // AgentReport is what an agent says of itself.
@@ -58,7 +72,7 @@ func (r AgentReport) check() ([]byte, error) {
 
 // UpsertAgent stores what an agent says of itself, as seen now. The last word wins:
 // which incarnation of an agent is the live one is for presence to judge. An agent
-// never changes its tenant.
+// never changes its tenant, and one that was removed stays so.
 func (s *Store) UpsertAgent(ctx context.Context, r AgentReport) error {
 	inventory, err := r.check()
 	if err != nil {
@@ -66,15 +80,15 @@ func (s *Store) UpsertAgent(ctx context.Context, r AgentReport) error {
 	}
 	return s.write(ctx, "store an agent", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
 		tag, err := tx.Exec(ctx, `
-			INSERT INTO agents (id, tenant_id, name, inventory, inventory_hash, incarnation)
-			VALUES ($1, $2, $3, $4::jsonb, $5, $6)
+			INSERT INTO agents (id, tenant_id, name, inventory, inventory_hash, incarnation, last_seen)
+			VALUES ($1, $2, $3, $4::jsonb, $5, $6, now())
 			ON CONFLICT (id) DO UPDATE SET
 				name = excluded.name, inventory = excluded.inventory, inventory_hash = excluded.inventory_hash,
 				incarnation = excluded.incarnation, last_seen = now()
-			WHERE agents.tenant_id = excluded.tenant_id`,
+			WHERE agents.tenant_id = excluded.tenant_id AND agents.removed_at IS NULL`,
 			r.ID, r.Tenant, r.Name, string(inventory), r.Inventory.Hash(), r.Incarnation)
 		if err == nil && tag.RowsAffected() == 0 {
-			return nil, invalid("id", "Another tenant has an agent with this id.")
+			return nil, invalid("id", "The agent was removed, or another tenant has one with this id. Pair the machine again.")
 		}
 		return nil, err
 	})
@@ -102,9 +116,7 @@ func (s *Store) ListAgents(ctx context.Context, tenant string, page Page) (list 
 		return nil, "", err
 	}
 	err = s.read(ctx, "list the agents", func(ctx context.Context) error {
-		query, args := `
-			SELECT id, tenant_id, name, inventory, inventory_hash, incarnation, last_seen, created_at
-			FROM agents WHERE id > $1`, []any{page.After, limit}
+		query, args := `SELECT `+agentColumns+` FROM agents WHERE id > $1 AND removed_at IS NULL`, []any{page.After, limit}
 		if tenant != "" {
 			t, err := getTenant(ctx, s.pool, tenant)
 			if err != nil {
@@ -116,11 +128,7 @@ func (s *Store) ListAgents(ctx context.Context, tenant string, page Page) (list 
 		if err != nil {
 			return err
 		}
-		list, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (Agent, error) {
-			var a Agent
-			err := row.Scan(&a.ID, &a.Tenant, &a.Name, &a.Inventory, &a.InventoryHash, &a.Incarnation, &a.LastSeen, &a.CreatedAt)
-			return a, err
-		})
+		list, err = pgx.CollectRows(rows, scanAgent)
 		return err
 	})
 	if err != nil {

@@ -21,7 +21,7 @@ type AuditEntry struct {
 	// Action is what was done: "tenant.create", "key.rotate".
 	Action string `json:"action"`
 	Kind   Kind   `json:"kind"`
-	// Object is the id of a tenant, user or key, or the model of a price.
+	// Object is the id of a tenant, user, key, agent or pairing key, or the model of a price.
 	Object string `json:"object"`
 	// Tenant is whose object it is; empty for a price that is everybody's.
 	Tenant schemas.TenantID `json:"tenant_id,omitempty"`

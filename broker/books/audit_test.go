@@ -15,6 +15,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/credential"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -193,6 +194,16 @@ func TestNoSecretIsStored(t *testing.T) {
 	if _, _, _, err := s.EnsureFirst(t.Context(), next()); err != nil {
 		t.Fatal(err)
 	}
+	pairing, credentials := credential.NewPairing(), []credential.Secret{credential.NewAgent(), credential.NewAgent()}
+	if _, _, err := s.CreatePairing(books.WithIdempotency(t.Context(), "pairing"), books.NewPairing{Tenant: "acme", Secret: pairing}); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.PairAgent(books.WithIdempotency(t.Context(), "pair"), books.PairRequest{Secret: pairing, MachineID: [32]byte{1}, Credential: credentials[0]}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.AddAgent(t.Context(), "acme", schemas.NewAgentID(), "", credentials[1]); err != nil {
+		t.Fatal(err)
+	}
 	// What fails may be told to an admin, and mustn't tell them.
 	for _, id := range []string{secrets[0].Reveal(), "key_" + secrets[0].Reveal()} {
 		_, _, err := s.RotateKey(t.Context(), schemas.KeyID(id), books.Rotation{})
@@ -200,13 +211,21 @@ func TestNoSecretIsStored(t *testing.T) {
 			t.Errorf("error %v", err)
 		}
 	}
-	for _, table := range []string{"audit", "idempotency", "api_keys", "key_secrets", "tenants", "users", "changes"} {
+	for _, table := range []string{"audit", "idempotency", "api_keys", "key_secrets", "tenants", "users", "changes", "agents", "pairings"} {
 		dump, err := books.Query[string](t.Context(), s, `SELECT coalesce(string_agg(x::text, ' '), '') FROM `+table+` AS x`)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if strings.Contains(dump, canary) {
 			t.Errorf("a secret is in %s: %s", table, dump)
+		}
+		for _, secret := range append(credentials, pairing) {
+			if strings.Contains(dump, secret.Reveal()[12:]) {
+				t.Errorf("a secret of an agent is in %s: %s", table, dump)
+			}
+			if hash := fmt.Sprintf("%x", secret.Hash()); table != "agents" && table != "pairings" && strings.Contains(dump, hash) {
+				t.Errorf("a hash is in %s: %s", table, dump)
+			}
 		}
 		for _, secret := range secrets {
 			// Nor its hash, by which somebody could find out to whom a secret belongs.

@@ -17,6 +17,12 @@ const (
 	KindUser Kind = "user"
 	// KindKey is an API key; the id is a schemas.KeyID.
 	KindKey Kind = "key"
+	// KindAgent is an agent; the id is a schemas.AgentID. It is made, paired or removed; what
+	// it says of itself is no change.
+	KindAgent Kind = "agent"
+	// KindPairing is a pairing key, which only the audit speaks of; the id is a
+	// schemas.PairingID.
+	KindPairing Kind = "pairing"
 	// KindPrice is the price of a model, which only the audit speaks of.
 	KindPrice Kind = "price"
 )
@@ -75,7 +81,7 @@ func (s *Store) Changes(ctx context.Context, since int64) (Changes, error) {
 func (s *Store) record(ctx context.Context, tx pgx.Tx, deeds []deed) error {
 	var kinds, ids []string
 	for _, d := range deeds {
-		if d.Kind != KindPrice {
+		if d.Kind != KindPrice && d.Kind != KindPairing {
 			kinds, ids = append(kinds, string(d.Kind)), append(ids, d.ID)
 		}
 	}

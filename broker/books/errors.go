@@ -93,6 +93,10 @@ var duplicates = map[string]*schemas.Error{
 	"tenants_slug_key": invalid("slug", "There is a tenant with this slug already."),
 	"users_email":      invalid("email", "The tenant has a user with this e-mail address already."),
 	"key_secrets_pkey": invalid("key", "There is a key with this secret already."),
+	// Only one that is made of a name is made twice, long after the name was forgotten.
+	"pairings_hash_key":     invalid("Idempotency-Key", "This Idempotency-Key was used before. Use a new one for each request."),
+	"agents_credential_key": invalid("credential", "There is an agent with this credential already."),
+	"agents_machine":        errPaired,
 }
 
 func invalid(param, format string, args ...any) *schemas.Error {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/credential"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -25,6 +26,10 @@ func TestRepeatedCreates(t *testing.T) {
 		t.Fatal(err)
 	}
 	secret, rotated := apikey.New(), apikey.New()
+	pairing, used, agent := credential.NewPairing(), credential.NewPairing(), credential.NewAgent()
+	if _, _, err := s.CreatePairing(t.Context(), books.NewPairing{Tenant: "acme", Secret: used}); err != nil {
+		t.Fatal(err)
+	}
 	end := time.Now().Add(time.Hour)
 	for name, create := range map[string]func(context.Context) (any, error){
 		"tenant": func(ctx context.Context) (any, error) {
@@ -39,6 +44,20 @@ func TestRepeatedCreates(t *testing.T) {
 				t.Errorf("another secret: %v", got)
 			}
 			return k, err
+		},
+		"pairing key": func(ctx context.Context) (any, error) {
+			p, got, err := s.CreatePairing(ctx, books.NewPairing{Tenant: "acme", Secret: pairing})
+			if err == nil && got.Hash() != pairing.Hash() {
+				t.Errorf("another secret: %v", got)
+			}
+			return p, err
+		},
+		"agent": func(ctx context.Context) (any, error) {
+			a, got, err := s.PairAgent(ctx, books.PairRequest{Secret: used, MachineID: [32]byte{1}, Name: "rig", Credential: agent})
+			if err == nil && got.Hash() != agent.Hash() {
+				t.Errorf("another secret: %v", got)
+			}
+			return a, err
 		},
 		"rotation": func(ctx context.Context) (any, error) {
 			k, got, err := s.RotateKey(ctx, k.ID, books.Rotation{Overlap: time.Hour, Secret: rotated})

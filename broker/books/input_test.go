@@ -18,6 +18,7 @@ func everything(t *testing.T, s *books.Store) string {
 	all := ""
 	for _, table := range []string{
 		"tenants", "users", "api_keys", "key_secrets", "change_counter", "changes", "model_prices", "audit", "idempotency", "ledger", "budgets", "key_accounts",
+		"agents", "pairings",
 	} {
 		sum, err := books.Query[string](t.Context(), s, `SELECT count(*) || ' ' || coalesce(md5(string_agg(x::text, '|' ORDER BY x::text)), '') FROM `+table+` AS x`)
 		if err != nil {

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -22,35 +23,69 @@ type Config struct {
 	URL string
 	// Name is shown in the server's list of connections.
 	Name string
-	// Token is the shared secret of edges, brokers and workers, unless CredentialsFile
-	// is set.
-	Token string
-	// CredentialsFile holds a NATS user JWT and its seed.
-	CredentialsFile string
+	// User is one of the system users, or the id of an agent. Password is the shared
+	// secret of edges and brokers, or the credential of the agent.
+	User, Password string
+	// InboxPrefix begins the reply subjects, if it is set: an agent has its own.
+	InboxPrefix string
 	// CAFile, CertFile and KeyFile are for TLS; empty ones are not used.
 	CAFile, CertFile, KeyFile string
+	// Patient says that the first connect is tried again and again, too, in the background.
+	Patient bool
 	// InProcess, if set, connects to an embedded server without the network.
 	InProcess nats.InProcessConnProvider
+}
+
+// The system users: the accounts that edges and brokers connect to. Each has everything
+// there, and the same password.
+const (
+	// UserCore has JetStream.
+	UserCore = "core"
+	// UserAgents talks to workers.
+	UserAgents = "agents"
+	// UserSystem hears of connections, and closes them.
+	UserSystem = "sys"
+)
+
+// As returns the configuration of another connection, of a user and with a name.
+func (c Config) As(user, name string) Config {
+	c.User, c.Name = user, name
+	return c
 }
 
 // The same timing as the server's: a black-holed link is noticed on both sides
 // within about three seconds.
 const (
-	pingInterval    = time.Second
-	maxPingsOut     = 2
-	reconnectWait   = 100 * time.Millisecond
-	reconnectSpread = 100 * time.Millisecond
+	pingInterval = time.Second
+	maxPingsOut  = 2
 )
 
+// A connection that was lost comes back after 100 to 200 ms. One that doesn't get through
+// again and again is tried less often, so that a bus or a database that comes up isn't
+// overrun.
+const (
+	reconnectWait   = 100 * time.Millisecond
+	reconnectSpread = 100 * time.Millisecond
+	reconnectMost   = time.Second
+	// eagerTries is how often it is tried before the wait grows.
+	eagerTries = 30
+)
+
+func reconnectDelay(tries int) time.Duration {
+	wait := reconnectWait * time.Duration(1+max(0, tries-eagerTries))
+	return min(wait, reconnectMost) + rand.N(reconnectSpread) //nolint:gosec // only to spread them
+}
+
 // Connect opens a connection. The first connect may fail at once, with an error that
-// wraps ErrUnavailable; later losses are repaired in the background.
+// wraps ErrUnavailable, unless cfg.Patient is set; later losses are repaired in the background.
 func Connect(cfg Config, log *slog.Logger, options ...nats.Option) (*nats.Conn, error) {
 	log = log.With("connection", cfg.Name)
 	opts := []nats.Option{
 		nats.Name(cfg.Name),
 		nats.MaxReconnects(-1),
-		nats.ReconnectWait(reconnectWait),
-		nats.ReconnectJitter(reconnectSpread, reconnectSpread),
+		nats.CustomReconnectDelay(reconnectDelay),
+		// Whether somebody is let in takes a database, which may be away for a while.
+		nats.IgnoreAuthErrorAbort(),
 		nats.ReconnectBufSize(-1),
 		nats.PingInterval(pingInterval),
 		nats.MaxPingsOutstanding(maxPingsOut),
@@ -70,14 +105,17 @@ func Connect(cfg Config, log *slog.Logger, options ...nats.Option) (*nats.Conn, 
 			log.Error("bus error", "subject", subject, "error", err)
 		}),
 	}
+	if cfg.Patient {
+		opts = append(opts, nats.RetryOnFailedConnect(true))
+	}
 	if cfg.InProcess != nil {
 		opts = append(opts, nats.InProcessServer(cfg.InProcess))
 	}
-	if cfg.Token != "" {
-		opts = append(opts, nats.Token(cfg.Token))
+	if cfg.User != "" {
+		opts = append(opts, nats.UserInfo(cfg.User, cfg.Password))
 	}
-	if cfg.CredentialsFile != "" {
-		opts = append(opts, nats.UserCredentials(cfg.CredentialsFile))
+	if cfg.InboxPrefix != "" {
+		opts = append(opts, nats.CustomInboxPrefix(cfg.InboxPrefix))
 	}
 	if cfg.CAFile != "" {
 		opts = append(opts, nats.RootCAs(cfg.CAFile))

@@ -23,7 +23,7 @@ type agent struct {
 // agent makes an agent known, with a queue if there is a stream.
 func (h *house) agent(id schemas.AgentID) *agent {
 	h.t.Helper()
-	a := &agent{h: h, id: id, nc: h.server.Connect(string(id))}
+	a := &agent{h: h, id: id, nc: h.server.Agent(tenant, id, model)}
 	if h.queue != nil {
 		name, err := h.queue.EnsureConsumer(h.t.Context(), tenant, id, model)
 		if err != nil {

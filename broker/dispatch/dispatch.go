@@ -10,6 +10,9 @@
 // each token of a reply is taken exactly once. Liveness comes from the sweep: every
 // request has deadlines, and the end of an agent's run ends its attempts.
 //
+// Answers go only into the inbox of the agent that the frame's subject names, which the
+// bus has checked; it doesn't check reply subjects.
+//
 // Frames of all requests arrive through one subscription, whose callback only checks
 // and appends; everything that waits or talks to JetStream happens in the goroutine
 // that reads the Reply.
@@ -115,8 +118,10 @@ type Parts struct {
 	// Tokens carries frames and control, Bulk large bodies, so that they never delay a
 	// token.
 	Tokens, Bulk *nats.Conn
-	Agents       *presence.Table
-	Feed         *presence.Feed
+	// Queue is where jobs are put.
+	Queue  *bus.Queue
+	Agents *presence.Table
+	Feed   *presence.Feed
 	// Gate admits and settles. Its owner id is that of the dispatcher.
 	Gate *quota.Gate
 	// Metrics and Tracer may be nil.
@@ -127,18 +132,14 @@ type Parts struct {
 
 // New returns a dispatcher that owns requests under the owner id of the gate. It has to
 // be made before the table gets its first heartbeat.
-func New(p Parts, cfg Config) (*Dispatcher, error) {
-	queue, err := bus.NewQueue(p.Tokens)
-	if err != nil {
-		return nil, err
-	}
+func New(p Parts, cfg Config) *Dispatcher {
 	d := &Dispatcher{
-		owner: p.Gate.Owner(), gate: p.Gate, tokens: p.Tokens, bulk: p.Bulk, queue: queue,
+		owner: p.Gate.Owner(), gate: p.Gate, tokens: p.Tokens, bulk: p.Bulk, queue: p.Queue,
 		agents: p.Agents, feed: p.Feed, cfg: cfg, metrics: p.Metrics, tracer: p.Tracer, log: p.Log,
 		replies: make(map[schemas.Nonce]*Reply),
 	}
 	p.Agents.OnGone(d.gone)
-	return d, nil
+	return d
 }
 
 // Owner is the id under which this dispatcher owns requests.
@@ -213,6 +214,10 @@ func (d *Dispatcher) reply(n schemas.Nonce) *Reply {
 
 // frame is the callback of all frames.
 func (d *Dispatcher) frame(m *nats.Msg) {
+	if m.Reply != "" && !schemas.AnswersTo(m.Subject, m.Reply) {
+		d.log.Warn("frame with a foreign reply subject dropped", "subject", m.Subject)
+		return
+	}
 	nonce := schemas.Nonce(schemas.LastToken(m.Subject))
 	r := d.reply(nonce)
 	if r == nil {
@@ -240,6 +245,10 @@ func (d *Dispatcher) answer(inbox string, v schemas.Verdict) {
 
 // body serves a piece of a body that was too large for its job.
 func (d *Dispatcher) body(m *nats.Msg) {
+	if !schemas.AnswersTo(m.Subject, m.Reply) {
+		d.log.Warn("body request with a foreign reply subject dropped", "subject", m.Subject)
+		return
+	}
 	r := d.reply(schemas.Nonce(schemas.LastToken(m.Subject)))
 	var piece string
 	if offset, err := schemas.DecodeBodyRequest(m.Data); err == nil && r != nil && r.lends(m.Subject) && offset < len(r.req.Body) {

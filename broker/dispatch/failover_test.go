@@ -255,7 +255,7 @@ func TestBusDown(t *testing.T) {
 		a.restart()
 		h.settled(agentA)
 	})
-	until(t, "the bus to be back", func() bool { return h.feed.Connected() })
+	until(t, "the bus to be back", func() bool { return h.feed.Connected() && h.core.IsConnected() })
 	h.start(request()).Close()
 	h.settled(agentA)
 }

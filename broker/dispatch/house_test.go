@@ -35,6 +35,7 @@ type house struct {
 	t      testing.TB
 	server *natstest.Server
 	nc     *nats.Conn // of the dispatcher
+	core   *nats.Conn // likewise, to the account of the queue
 	queue  *bus.Queue
 	table  *presence.Table
 	d      *dispatch.Dispatcher
@@ -52,6 +53,11 @@ func newHouse(t testing.TB, perModel int64, change func(*dispatch.Config)) *hous
 func newHouseWith(t testing.TB, perModel int64, change func(*dispatch.Config), gate quota.Config) *house {
 	t.Helper()
 	h := &house{t: t, server: natstest.Start(t), table: presence.NewTable(), books: quotatest.New()}
+	h.core = h.server.Core("core")
+	queue, err := bus.NewQueue(h.core)
+	if err != nil {
+		t.Fatal(err)
+	}
 	if perModel > 0 {
 		_, h.queue = h.server.Queue(perModel)
 	}
@@ -62,10 +68,9 @@ func newHouseWith(t testing.TB, perModel int64, change func(*dispatch.Config), g
 	h.nc = h.server.Connect("tokens")
 	bulk := h.server.Connect("bulk")
 	h.feed = presence.NewFeed(h.nc, h.table, natstest.Log)
-	d, err := dispatch.New(dispatch.Parts{Tokens: h.nc, Bulk: bulk, Agents: h.table, Feed: h.feed, Gate: h.books.Gate(t, gate), Log: natstest.Log}, cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := dispatch.New(dispatch.Parts{
+		Tokens: h.nc, Bulk: bulk, Queue: queue, Agents: h.table, Feed: h.feed, Gate: h.books.Gate(t, gate), Log: natstest.Log,
+	}, cfg)
 	h.d = d
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
@@ -76,7 +81,7 @@ func newHouseWith(t testing.TB, perModel int64, change func(*dispatch.Config), g
 			t.Error(err)
 		}
 	})
-	probe := h.server.Connect("probe")
+	probe := h.server.Agent(tenant, "agt_probe")
 	until(t, "a dispatcher that listens", func() bool {
 		_, err1 := probe.Request(schemas.OutSubject("agt_probe", d.Owner(), "probe"), nil, patience)
 		_, err2 := probe.Request(schemas.BodySubject("agt_probe", d.Owner(), "probe"), nil, patience)

@@ -15,7 +15,7 @@ import (
 // channel, and the test acknowledges them.
 func (h *house) slowStream() <-chan *nats.Msg {
 	h.t.Helper()
-	nc := h.server.Connect("slow stream")
+	nc := h.server.Core("slow stream")
 	jobs := make(chan *nats.Msg, 16)
 	if _, err := nc.ChanSubscribe(schemas.JobSubjects, jobs); err != nil {
 		h.t.Fatal(err)

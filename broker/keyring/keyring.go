@@ -1,10 +1,10 @@
-// Package keyring says who a key stands for and whether it is valid now. It keeps
-// what it has looked up in memory, so that a request costs no query.
+// Package keyring says who a key or an agent's credential stands for and whether it is
+// valid now. It keeps what it has looked up in memory, so that a request costs no query.
 //
 // # What it promises
 //
 // A change in the books takes effect within a second: revocation, expiry, a
-// suspended tenant, a deactivated user.
+// suspended tenant, a deactivated user, a removed agent.
 //
 // That comes from a poll. Run asks the books for changes four times a second, and
 // throws out of memory whatever they touch before it notes that the poll succeeded.
@@ -31,6 +31,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/credential"
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -57,6 +58,7 @@ const (
 // Store is what the keyring needs of the books.
 type Store interface {
 	LookupKey(ctx context.Context, hash apikey.Hash) (books.Identity, error)
+	LookupAgent(ctx context.Context, hash credential.Hash) (books.AgentIdentity, error)
 	Changes(ctx context.Context, since int64) (books.Changes, error)
 }
 
@@ -65,16 +67,17 @@ type Keyring struct {
 	store Store
 	log   *slog.Logger
 	max   int // entries
-	hooks []func(books.Kind, string)
 
 	// polled is the last successful poll; nil: none yet.
 	polled atomic.Pointer[poll]
 
 	// mu guards what follows. Whoever throws entries out raises the version with them.
 	mu      sync.RWMutex
+	hooks   []func(books.Kind, string)
 	version int64 // of the books, up to which the entries are true; -1: never polled
 	entries map[apikey.Hash]*books.Identity
-	missing map[apikey.Hash]time.Time // keys that don't exist, until when that holds
+	agents  map[apikey.Hash]*books.AgentIdentity
+	missing map[apikey.Hash]time.Time // keys and credentials that don't exist, until when that holds
 	flights map[apikey.Hash]*flight
 
 	suspected chan struct{} // holds one token: somebody is suspect
@@ -107,6 +110,7 @@ func New(store Store, log *slog.Logger) *Keyring {
 		max:     maxEntries,
 		version: -1,
 		entries: map[apikey.Hash]*books.Identity{},
+		agents:  map[apikey.Hash]*books.AgentIdentity{},
 		missing: map[apikey.Hash]time.Time{},
 		flights: map[apikey.Hash]*flight{},
 
@@ -115,11 +119,14 @@ func New(store Store, log *slog.Logger) *Keyring {
 	}
 }
 
-// OnChange makes Run call hook for every tenant, user and key that was made or changed,
+// OnChange makes Run call hook for every tenant, user, key and agent that was made or changed,
 // in order, after the keyring itself has heeded it. An empty kind and id mean that
-// anything may have changed. The hook must not block. OnChange may be called only
-// before Run.
-func (k *Keyring) OnChange(hook func(kind books.Kind, id string)) { k.hooks = append(k.hooks, hook) }
+// anything may have changed. The hook must not block.
+func (k *Keyring) OnChange(hook func(kind books.Kind, id string)) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.hooks = append(k.hooks, hook)
+}
 
 // Run keeps the keyring true until ctx ends. It returns nil.
 func (k *Keyring) Run(ctx context.Context) error {
@@ -157,7 +164,7 @@ func (k *Keyring) poll(ctx context.Context) error {
 	defer cancel()
 	began := time.Now()
 	k.mu.RLock()
-	since := k.version
+	since, hooks := k.version, k.hooks
 	k.mu.RUnlock()
 	changes, err := k.store.Changes(ctx, since)
 	if err != nil {
@@ -169,7 +176,7 @@ func (k *Keyring) poll(ctx context.Context) error {
 	// Only now, when nothing that is stale is left.
 	k.polled.Store(&poll{began: began, asOf: changes.AsOf})
 	k.suspect(changes)
-	for _, hook := range k.hooks {
+	for _, hook := range hooks {
 		if changes.Reset && since >= 0 {
 			hook("", "")
 		}
@@ -192,7 +199,13 @@ func (k *Keyring) forget(changes books.Changes) {
 	clear(k.missing) // one of them may exist by now
 	if changes.Reset {
 		clear(k.entries)
+		clear(k.agents)
 		return
+	}
+	for hash, id := range k.agents {
+		if changed[books.Change{Kind: books.KindAgent, ID: string(id.Agent)}] {
+			delete(k.agents, hash)
+		}
 	}
 	for hash, id := range k.entries {
 		if changed[books.Change{Kind: books.KindKey, ID: string(id.Key)}] ||

@@ -13,6 +13,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/credential"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -31,6 +32,7 @@ type fake struct {
 	version int64
 	log     []books.Change // log[i] made version i+1
 	keys    map[apikey.Hash]books.Identity
+	agents  map[apikey.Hash]books.AgentIdentity
 	lookups int
 	// before and after run in a call, on either side of the moment it looks.
 	before, after func(ctx context.Context)
@@ -38,7 +40,9 @@ type fake struct {
 
 var errDown = fmt.Errorf("fake: %w", books.ErrUnavailable)
 
-func newFake() *fake { return &fake{keys: map[apikey.Hash]books.Identity{}} }
+func newFake() *fake {
+	return &fake{keys: map[apikey.Hash]books.Identity{}, agents: map[apikey.Hash]books.AgentIdentity{}}
+}
 
 // put stores an identity, and notes a change of the given kind.
 func (f *fake) put(key apikey.Key, id books.Identity, kind books.Kind) {
@@ -92,6 +96,30 @@ func (f *fake) LookupKey(ctx context.Context, hash apikey.Hash) (id books.Identi
 		return nil
 	})
 	return id, err
+}
+
+func (f *fake) LookupAgent(ctx context.Context, hash credential.Hash) (id books.AgentIdentity, err error) {
+	err = f.call(ctx, func() error {
+		f.lookups++
+		var ok bool
+		if id, ok = f.agents[hash]; !ok {
+			return schemas.Errorf(schemas.CodeKeyInvalid, "unknown")
+		}
+		id.Version = f.version
+		return nil
+	})
+	return id, err
+}
+
+// setAgent makes or, without an id, removes an agent, and notes the change.
+func (f *fake) setAgent(secret credential.Secret, agent schemas.AgentID, id *books.AgentIdentity) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if delete(f.agents, secret.Hash()); id != nil {
+		f.agents[secret.Hash()] = *id
+	}
+	f.log = append(f.log, books.Change{Kind: books.KindAgent, ID: string(agent)})
+	f.version++
 }
 
 func (f *fake) Changes(ctx context.Context, since int64) (c books.Changes, err error) {

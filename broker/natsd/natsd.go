@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+
+	"github.com/ownllm/ownllm/broker/access"
 )
 
 // Config says how the embedded server runs.
@@ -22,8 +24,13 @@ type Config struct {
 	Listen string
 	// StoreDir is the folder of JetStream.
 	StoreDir string
-	// Token is the shared secret of edges, brokers and workers.
+	// WebSocket is the address for workers that come by ws://, "127.0.0.1:9196". Port 0
+	// takes a free one; without an address there is none.
+	WebSocket string
+	// Token is the shared secret of edges and brokers, the password of the system users.
 	Token string
+	// Agents knows the credentials of the agents; nil lets none in.
+	Agents access.Agents
 	// Log gets what the server has to say.
 	Log *slog.Logger
 }
@@ -56,27 +63,36 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 		cfg.Log.Warn("nats port is taken, another free one is used", "address", cfg.Listen)
 		port = 0
 	}
+	log := logger{cfg.Log.With("component", "nats"), new(atomic.Pointer[string])}
+	door := &door{token: cfg.Token, agents: cfg.Agents, log: log.log}
 	opts := &server.Options{
-		ServerName:    "ownllm",
-		Host:          host,
-		Port:          int(port),
-		JetStream:     true,
-		StoreDir:      cfg.StoreDir,
-		Authorization: cfg.Token,
-		NoSigs:        true,
-		PingInterval:  pingInterval,
-		MaxPingsOut:   maxPingsOut,
+		ServerName:   "ownllm",
+		Host:         host,
+		Port:         int(port),
+		JetStream:    true,
+		StoreDir:     cfg.StoreDir,
+		NoSigs:       true,
+		PingInterval: pingInterval,
+		MaxPingsOut:  maxPingsOut,
+		AuthTimeout:  access.AuthTimeout.Seconds(),
 		// The default of 1,000 consumers for a stream is a few hundred agents.
-		JetStreamLimits: server.JSLimitOpts{DefaultMaxConsumers: -1},
+		JetStreamLimits:            server.JSLimitOpts{DefaultMaxConsumers: -1},
+		CustomClientAuthentication: door,
+	}
+	if err := opts.ProcessConfigString(access.Accounts(cfg.Token)); err != nil {
+		return nil, fmt.Errorf("embedded nats-server: %w", err)
 	}
 	if port == 0 {
 		opts.Port = server.RANDOM_PORT
+	}
+	if err := webSocket(opts, cfg.WebSocket); err != nil {
+		return nil, err
 	}
 	srv, err := server.NewServer(opts)
 	if err != nil {
 		return nil, fmt.Errorf("embedded nats-server: %w", err)
 	}
-	log := logger{cfg.Log.With("component", "nats"), new(atomic.Pointer[string])}
+	door.srv = srv
 	srv.SetLoggerV2(log, false, false, false)
 	srv.Start()
 	if reason := log.fatal.Load(); reason != nil {
@@ -98,6 +114,26 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 	return &Server{srv}, nil
 }
 
+// webSocket sets where WebSocket connections are taken. TLS is for the proxy in front.
+func webSocket(opts *server.Options, listen string) error {
+	if listen == "" {
+		return nil
+	}
+	host, portText, err := net.SplitHostPort(listen)
+	if err != nil {
+		return fmt.Errorf("nats websocket address %q: %w", listen, err)
+	}
+	port, err := strconv.ParseUint(portText, 10, 16)
+	if err != nil {
+		return fmt.Errorf("nats websocket address %q: %w", listen, err)
+	}
+	opts.Websocket = server.WebsocketOpts{Host: host, Port: int(port), NoTLS: true}
+	if port == 0 {
+		opts.Websocket.Port = server.RANDOM_PORT
+	}
+	return nil
+}
+
 func taken(addr string) bool {
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -112,6 +148,9 @@ func (s *Server) URL() string { return s.srv.ClientURL() }
 
 // Addr is the address that the server listens on.
 func (s *Server) Addr() string { return s.srv.Addr().String() }
+
+// WebSocketURL is the address for clients that come by WebSocket, empty without one.
+func (s *Server) WebSocketURL() string { return s.srv.WebsocketURL() }
 
 // InProcessConn implements nats.InProcessConnProvider.
 func (s *Server) InProcessConn() (net.Conn, error) { return s.srv.InProcessConn() }

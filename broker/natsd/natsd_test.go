@@ -52,25 +52,39 @@ func TestTokenOpensTheServer(t *testing.T) {
 	if strings.Contains(s.URL(), "secret") {
 		t.Errorf("the address %s gives the token away", s.URL())
 	}
-	for _, token := range []string{"", "other"} {
-		if nc, err := bus.Connect(bus.Config{URL: s.URL(), Token: token}, natstest.Log); err == nil {
+	for _, cfg := range []bus.Config{
+		{}, {Password: "secret"}, {User: bus.UserCore}, {User: bus.UserCore, Password: "other"}, {User: "admin", Password: "secret"},
+		{User: "agt_1", Password: "secret"}, {User: "agt_1", Password: natstest.Credential("agt_1").Reveal()},
+	} {
+		cfg.URL = s.URL()
+		if nc, err := bus.Connect(cfg, natstest.Log); err == nil {
 			nc.Close()
-			t.Errorf("the token %q opens the server", token)
+			t.Errorf("%q with %q opens the server", cfg.User, cfg.Password)
 		} else if !errors.Is(err, nats.ErrAuthorization) {
-			t.Errorf("the token %q gets %v", token, err)
+			t.Errorf("%q with %q gets %v", cfg.User, cfg.Password, err)
 		}
 	}
-	over := connect(t, bus.Config{URL: s.URL(), Token: "secret"})
-	within := connect(t, bus.Config{URL: s.URL(), Token: "secret", InProcess: s})
+	over := connect(t, bus.Config{URL: s.URL(), User: bus.UserAgents, Password: "secret"})
+	within := connect(t, bus.Config{URL: s.URL(), User: bus.UserAgents, Password: "secret", InProcess: s})
+	elsewhere := connect(t, bus.Config{URL: s.URL(), User: bus.UserCore, Password: "secret"})
 	sub, err := over.SubscribeSync("x")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(over.Flush(), within.Publish("x", []byte("hi"))); err != nil {
+	if err := errors.Join(over.Flush(), elsewhere.Publish("x", []byte("foreign")), elsewhere.Flush(), within.Publish("x", []byte("hi"))); err != nil {
 		t.Fatal(err)
 	}
 	if m, err := sub.NextMsg(patience); err != nil || string(m.Data) != "hi" {
 		t.Errorf("got %v, %v", m, err)
+	}
+}
+
+// A server without a token lets nobody in.
+func TestNoTokenOpensNothing(t *testing.T) {
+	s := start(t, natsd.Config{Listen: "127.0.0.1:0"})
+	if nc, err := bus.Connect(bus.Config{URL: s.URL(), User: bus.UserCore}, natstest.Log); err == nil {
+		nc.Close()
+		t.Error("an empty password opens it")
 	}
 }
 
@@ -81,11 +95,11 @@ func TestTakenPort(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	s := start(t, natsd.Config{Listen: l.Addr().String()})
+	s := start(t, natsd.Config{Listen: l.Addr().String(), Token: "secret"})
 	if s.Addr() == l.Addr().String() {
 		t.Errorf("the server says that it listens on %s, too", s.Addr())
 	}
-	connect(t, bus.Config{URL: s.URL()})
+	connect(t, bus.Config{URL: s.URL(), User: bus.UserCore, Password: "secret"})
 }
 
 func TestBadConfig(t *testing.T) {
@@ -99,6 +113,7 @@ func TestBadConfig(t *testing.T) {
 		"port name":     {Listen: "127.0.0.1:nats"},
 		"large port":    {Listen: "127.0.0.1:65536"},
 		"negative port": {Listen: "127.0.0.1:-1"},
+		"websocket":     {Listen: "127.0.0.1:0", WebSocket: "127.0.0.1:ws"},
 		"store":         {Listen: "127.0.0.1:0", StoreDir: file},
 	} {
 		cfg.Log = natstest.Log
@@ -119,9 +134,9 @@ func TestBadConfig(t *testing.T) {
 // What is in a stream is there after a restart, and the server stops though it holds more
 // than a handful of consumers, each of which would take 10 ms if it were on disk.
 func TestStreamSurvives(t *testing.T) {
-	cfg := natsd.Config{Listen: "127.0.0.1:0", StoreDir: t.TempDir()}
+	cfg := natsd.Config{Listen: "127.0.0.1:0", StoreDir: t.TempDir(), Token: "secret"}
 	first := start(t, cfg)
-	js, err := jetstream.New(connect(t, bus.Config{URL: first.URL()}))
+	js, err := jetstream.New(connect(t, bus.Config{URL: first.URL(), User: bus.UserCore, Password: "secret"}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -145,7 +160,7 @@ func TestStreamSurvives(t *testing.T) {
 		t.Error("a server that was stopped still accepts connections")
 	}
 	second := start(t, cfg)
-	js, err = jetstream.New(connect(t, bus.Config{URL: second.URL()}))
+	js, err = jetstream.New(connect(t, bus.Config{URL: second.URL(), User: bus.UserCore, Password: "secret"}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -160,13 +175,13 @@ func TestStreamSurvives(t *testing.T) {
 
 // A peer that is there, but silent, is noticed by its pings.
 func TestBlackHole(t *testing.T) {
-	s := start(t, natsd.Config{Listen: "127.0.0.1:0"})
+	s := start(t, natsd.Config{Listen: "127.0.0.1:0", Token: "secret"})
 	conn, err := net.Dial("tcp", s.Addr())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if _, err := conn.Write([]byte("CONNECT {}\r\n")); err != nil {
+	if _, err := conn.Write([]byte("CONNECT {\"user\":\"core\",\"pass\":\"secret\"}\r\n")); err != nil {
 		t.Fatal(err)
 	}
 	began := time.Now()

@@ -160,7 +160,7 @@ func (s *Settler) take(ctx context.Context, r bus.Report) error {
 		return r.Later(again)
 	case books.OrphanSettled:
 		s.log.InfoContext(ctx, "request without an owner is settled by its agent's report",
-			"request", report.Request, "agent", agent, "tokens", report.CompletionTokens)
+			"request", report.Request, "agent", agent, "completion_tokens", report.CompletionTokens)
 	case books.OrphanForeign:
 		s.log.WarnContext(ctx, "agent reports a request that isn't its own", "request", report.Request, "tenant", tenant, "agent", agent)
 	case books.OrphanEnded, books.OrphanUnknown:
@@ -218,7 +218,7 @@ func (s *Settler) look(ctx context.Context, now time.Time, since map[schemas.Req
 	}
 	n, err := s.store.ExpireOrphans(ctx, due)
 	if n > 0 {
-		s.log.InfoContext(ctx, "requests without owners and agents are expired", "requests", n)
+		s.log.InfoContext(ctx, "requests without owners and agents are expired", "count", n)
 	}
 	return err
 }

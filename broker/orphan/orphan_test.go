@@ -90,7 +90,7 @@ func (h *house) run(url string) *settler {
 	h.t.Helper()
 	s := &settler{agents: presence.NewTable()}
 	s.ready.Store(true)
-	queue, err := bus.NewQueue(h.nats.Connect("broker"))
+	queue, err := bus.NewQueue(h.nats.Core("broker"))
 	h.must(err)
 	o := orphan.New(queue, h.books(url), s.agents, s, natstest.Log)
 	ctx, stop := context.WithCancel(context.Background())
@@ -522,7 +522,7 @@ func TestFailures(t *testing.T) {
 	h := newHouse(t)
 	b := &broken{Store: h.s, fails: 5}
 	table := presence.NewTable()
-	queue, err := bus.NewQueue(h.nats.Connect("broker"))
+	queue, err := bus.NewQueue(h.nats.Core("broker"))
 	h.must(err)
 	o := orphan.New(queue, b, table, &settler{}, natstest.Log)
 	ctx, stop := context.WithCancel(context.Background())

@@ -130,6 +130,9 @@ func (f *Feed) Run(ctx context.Context) error {
 
 func (f *Feed) heard(m *nats.Msg, inbox string) {
 	tenant, id, err := schemas.ParseAgentSubject(m.Subject)
+	if m.Reply != "" { // a worker wants no answer, but what the bus answers to a forged reply subject may have one
+		err = errors.New("it has a reply subject")
+	}
 	if err != nil {
 		f.log.Warn("heartbeat dropped", "error", err)
 		return

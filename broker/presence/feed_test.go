@@ -54,6 +54,10 @@ func startRig(t *testing.T, server *natstest.Server, nc *nats.Conn) *rig {
 			t.Errorf("feed ended: %v", err)
 		}
 	})
+	until(t, "the feed listens", 2*time.Second+busy, func() bool { return nc.NumSubscriptions() >= 3 })
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
 	return r
 }
 
@@ -137,8 +141,11 @@ type fakeWorker struct {
 // join connects a worker that answers, and begins to beat.
 func (r *rig) join(id schemas.AgentID, models ...string) *fakeWorker {
 	r.t.Helper()
+	inc := schemas.NewIncarnation()
+	cfg := r.bus.AgentConfig(tenant, id)
+	cfg.Name = schemas.ConnectionName(tenant, inc)
 	w := &fakeWorker{
-		t: r.t, nc: r.bus.Connect(string(id)), id: id, inc: schemas.NewIncarnation(), done: make(chan struct{}),
+		t: r.t, nc: r.bus.Open(cfg), id: id, inc: inc, done: make(chan struct{}),
 		inventory: inventory(models...), answers: true,
 	}
 	_, err := w.nc.Subscribe(schemas.ControlSubject(id), func(m *nats.Msg) {
@@ -301,7 +308,7 @@ func TestFeedBye(t *testing.T) {
 	w.change(func() { w.say(schemas.HeartbeatSubject(tenant, "a"), schemas.AgentDraining, nil) })
 	// Heartbeats are taken in order: this one is the proof that the other was seen.
 	next := schemas.Heartbeat{Version: schemas.ProtocolVersion, Incarnation: "inc_1", State: schemas.AgentUp, Hash: "h", Inventory: inventory()}
-	if err := w.nc.Publish(schemas.HeartbeatSubject(tenant, "b"), next.Encode()); err != nil {
+	if err := r.bus.Connect("b").Publish(schemas.HeartbeatSubject(tenant, "b"), next.Encode()); err != nil {
 		t.Fatal(err)
 	}
 	until(t, "the next heartbeat is seen", busy, func() bool { return r.state("b") == schemas.AgentUp })

@@ -2,7 +2,9 @@
 // from which they pull their jobs, and stores what they offer, so that an edge that
 // starts while they are away still knows their models.
 //
-// Every broker runs one; they share the hellos in a queue group. All that a hello does
+// Every broker runs one; they share the hellos in a queue group. A hello is taken only if
+// its reply subject is in the inbox of the agent that its subject names: the bus checks
+// who may say hello for whom, but it publishes answers of its own to any subject. All that a hello does
 // can be done again, so a worker that got no answer just asks once more.
 package registry
 
@@ -109,6 +111,10 @@ func (r *Registry) touch(ctx context.Context) error {
 }
 
 func (r *Registry) answer(ctx context.Context, m *nats.Msg) {
+	if !schemas.AnswersTo(m.Subject, m.Reply) {
+		r.log.WarnContext(ctx, "hello with a foreign reply subject dropped", "subject", m.Subject)
+		return
+	}
 	ctx, cancel := context.WithTimeout(ctx, answerWait)
 	defer cancel()
 	welcome, err := r.welcome(ctx, m)

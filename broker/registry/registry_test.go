@@ -81,7 +81,8 @@ func (f *fake) stored() []books.AgentReport {
 type house struct {
 	t      *testing.T
 	server *natstest.Server
-	nc     *nats.Conn
+	core   *nats.Conn
+	nc     *nats.Conn // of the worker
 	queue  *bus.Queue
 	table  *presence.Table
 }
@@ -89,7 +90,10 @@ type house struct {
 func newHouse(t *testing.T) *house {
 	t.Helper()
 	h := &house{t: t, server: natstest.Start(t), table: presence.NewTable()}
-	h.nc, h.queue = h.server.Queue(10)
+	h.core, h.queue = h.server.Queue(10)
+	cfg := h.server.Config("worker")
+	cfg.InboxPrefix = schemas.AgentInboxPrefix(agent)
+	h.nc = h.server.Open(cfg)
 	return h
 }
 
@@ -131,10 +135,23 @@ func hello(models ...string) schemas.Hello {
 	return h
 }
 
+// ask says hello as the agent that the subject names, and returns the answer.
+func (h *house) ask(subject string, payload []byte, wait time.Duration) (*nats.Msg, error) {
+	sub, err := h.nc.SubscribeSync("_INBOX_" + schemas.LastToken(subject) + "." + nats.NewInbox())
+	if err != nil {
+		return nil, err
+	}
+	defer sub.Unsubscribe()
+	if err := h.nc.PublishRequest(subject, sub.Subject, payload); err != nil {
+		return nil, err
+	}
+	return sub.NextMsg(wait)
+}
+
 // say says hello and returns the answer.
 func (h *house) say(subject string, payload []byte) schemas.Welcome {
 	h.t.Helper()
-	m, err := h.nc.Request(subject, payload, patience)
+	m, err := h.ask(subject, payload, patience)
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -148,7 +165,7 @@ func (h *house) say(subject string, payload []byte) schemas.Welcome {
 // wantConsumer checks that jobs of the model can be pulled from the consumer.
 func (h *house) wantConsumer(name, model string) {
 	h.t.Helper()
-	m, err := h.nc.Request("$JS.API.CONSUMER.INFO."+schemas.JobStream+"."+name, nil, patience)
+	m, err := h.core.Request("$JS.API.CONSUMER.INFO."+schemas.JobStream+"."+name, nil, patience)
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -17,6 +17,10 @@
 //	POST  /api/v1/keys/{id}/rotate           RotateKey → CreatedKey
 //	POST  /api/v1/keys/{id}/revoke           → Key
 //	GET   /api/v1/agents?tenant=             → List[Agent]
+//	POST  /api/v1/agents/pairings            CreatePairing → Pairing
+//	DELETE /api/v1/agents/{id}               → Agent, as it was
+//	POST  /api/v1/agents/pair                PairAgent → PairedAgent; no admin token
+//	POST  /api/v1/agents/heartbeat           schemas.Heartbeat → HeartbeatReply; the agent's credential
 //	GET   /api/v1/models?tenant=             → List[Model]
 //	PUT   /api/v1/prices                     SetPrice → Price
 //	GET   /api/v1/prices?tenant=             → List[Price]
@@ -25,7 +29,9 @@
 //	GET   /api/v1/status                     → Status
 //	GET   /api/v1/openapi.json               → the OpenAPI document
 //
-// Every request carries "Authorization: Bearer <admin token>". Wherever a tenant is
+// Every request carries "Authorization: Bearer <admin token>", but for the two that machines
+// make: one to be paired shows a pairing key in its body, and a heartbeat carries the
+// credential that the machine got for it. Wherever a tenant is
 // asked for, its id and its slug will do. What creates answers 201, all else 200;
 // every failure is the OpenAI error envelope with a code of the contract: not_found
 // for an object that isn't there, invalid_value with its param for a field or query
@@ -261,6 +267,74 @@ type Agent struct {
 	Waiting int          `json:"waiting"`
 	Slots   int          `json:"slots"`
 	Models  []AgentModel `json:"models"`
+	// Machine is what the machine said of itself when it was paired, if it was.
+	Machine *Machine `json:"machine,omitempty"`
+}
+
+// Machine is what a GPU machine is.
+type Machine struct {
+	// VRAMMB is the memory of all GPUs, RAMMB the machine's, in MiB; 0: unknown, or none.
+	VRAMMB   int64 `json:"vram_mb"`
+	RAMMB    int64 `json:"ram_mb"`
+	CPUCores int   `json:"cpu_cores"`
+	// GPU is the type of the GPUs; empty: unknown, or none.
+	GPU string `json:"gpu"`
+	OS  string `json:"os"`
+}
+
+// CreatePairing asks for a pairing key.
+type CreatePairing struct {
+	// Tenant is the id or slug of the tenant.
+	Tenant string `json:"tenant"`
+	// TTLSeconds is the lifetime of the pairing key; 7 days if none is given.
+	TTLSeconds int64 `json:"ttl_seconds,omitempty"`
+}
+
+// Pairing is a pairing key: it makes one machine an agent of the tenant.
+type Pairing struct {
+	ID         schemas.PairingID `json:"id"`
+	Tenant     schemas.TenantID  `json:"tenant"`
+	TenantSlug string            `json:"tenant_slug"`
+	// Secret is the key, "ownllm_pair_…". It is not stored and can't be shown again.
+	Secret    string    `json:"pairing_key"`
+	CreatedAt time.Time `json:"created_at"`
+	ExpiresAt time.Time `json:"expires_at"`
+}
+
+// The paths, below Prefix, of what machines ask for.
+const (
+	PairPath      = "/agents/pair"
+	HeartbeatPath = "/agents/heartbeat"
+)
+
+// PairAgent asks to become an agent.
+type PairAgent struct {
+	PairingKey string `json:"pairing_key"`
+	// MachineIDHash is the SHA-256, in hexadecimal, of what the machine is known by.
+	MachineIDHash string `json:"machine_id_hash"`
+	// Name is for people.
+	Name string `json:"name,omitempty"`
+	// The fields of Machine.
+	VRAMMB   int64  `json:"vram_mb"`
+	RAMMB    int64  `json:"ram_mb"`
+	CPUCores int    `json:"cpu_cores"`
+	GPU      string `json:"gpu"`
+	OS       string `json:"os"`
+}
+
+// PairedAgent is what a machine needs to know to serve.
+type PairedAgent struct {
+	Agent  schemas.AgentID  `json:"agent_id"`
+	Tenant schemas.TenantID `json:"tenant_id"`
+	// Credential is the agent's, "ownllm_agent_…". It is not stored and can't be had again.
+	Credential string `json:"credential"`
+	// NATSURL is where the bus is; absent if the edge doesn't tell.
+	NATSURL string `json:"nats_url,omitempty"`
+}
+
+// HeartbeatReply says whose heartbeat was taken in.
+type HeartbeatReply struct {
+	Agent schemas.AgentID `json:"agent_id"`
 }
 
 // AgentModel is a model as one agent offers it.
@@ -364,7 +438,8 @@ type AuditEntry struct {
 	// ID rises in the order in which the changes took effect.
 	ID int64     `json:"id"`
 	At time.Time `json:"at"`
-	// Actor is "admin" for whoever has the admin token, "system" for OwnLLM itself.
+	// Actor is "admin" for whoever has the admin token, "agent" for a machine that was paired,
+	// "system" for OwnLLM itself.
 	Actor string `json:"actor"`
 	// Request is the x-request-id, and Address that of the client.
 	Request string `json:"request,omitempty"`

@@ -163,6 +163,27 @@ func (c *Client) Agents(ctx context.Context, tenant string) ([]Agent, error) {
 	return list[Agent](ctx, c, "/agents", filter("tenant", tenant))
 }
 
+// CreatePairing makes a pairing key. The reply holds it, this once.
+func (c *Client) CreatePairing(ctx context.Context, in CreatePairing) (Pairing, error) {
+	return create[Pairing](ctx, c, "/agents/pairings", in)
+}
+
+// RemoveAgent removes an agent for good, and returns what it was.
+func (c *Client) RemoveAgent(ctx context.Context, id schemas.AgentID) (Agent, error) {
+	return call[Agent](ctx, c, http.MethodDelete, "/agents/"+url.PathEscape(string(id)), nil)
+}
+
+// PairAgent makes an agent of a machine. The client needs no token for it.
+func (c *Client) PairAgent(ctx context.Context, in PairAgent) (PairedAgent, error) {
+	return create[PairedAgent](ctx, c, PairPath, in)
+}
+
+// Heartbeat says how a worker is, to which no bus leads. The client's token is the agent's
+// credential.
+func (c *Client) Heartbeat(ctx context.Context, hb schemas.Heartbeat) (HeartbeatReply, error) {
+	return call[HeartbeatReply](ctx, c, http.MethodPost, HeartbeatPath, hb)
+}
+
 // Models lists the models of a tenant, or of all for an empty one.
 func (c *Client) Models(ctx context.Context, tenant string) ([]Model, error) {
 	return list[Model](ctx, c, "/models", filter("tenant", tenant))
@@ -272,7 +293,9 @@ func do[T any](ctx context.Context, c *Client, method, path, name string, in any
 	if err != nil {
 		return none, fmt.Errorf("%s %s: %w", method, path, err)
 	}
-	request.Header.Set("Authorization", "Bearer "+c.token.Reveal())
+	if c.token != "" {
+		request.Header.Set("Authorization", "Bearer "+c.token.Reveal())
+	}
 	request.Header.Set("Accept", "application/json")
 	if name != "" {
 		request.Header.Set(IdempotencyHeader, name)

@@ -7,6 +7,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/ownllm/ownllm/broker/access"
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/orphan"
@@ -17,7 +18,7 @@ import (
 
 // brokerCommand is `ownllm broker`.
 type brokerCommand struct {
-	NATSOptions
+	BusOptions
 	DatabaseOptions
 	QueueOptions
 	OpsOptions
@@ -56,7 +57,7 @@ Examples:
 // Validate reports all problems of the flags at once.
 func (c *brokerCommand) Validate() error {
 	var p problems
-	c.NATSOptions.check(&p)
+	c.BusOptions.check(&p)
 	c.DatabaseOptions.check(&p, true)
 	c.QueueOptions.check(&p)
 	c.OpsOptions.check(&p)
@@ -69,7 +70,7 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 	if err != nil {
 		return err
 	}
-	natsConfig, err := c.NATSOptions.config(env)
+	natsConfig, err := c.BusOptions.config(env)
 	if err != nil {
 		return err
 	}
@@ -87,44 +88,54 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 	if err != nil {
 		return err
 	}
-	defer office.nc.Close()
+	defer office.conns.close()
+	callout, err := access.NewCallout(office.system, identities{store}, natsConfig.Password, log)
+	if err != nil {
+		return err
+	}
 	ops, err := listen("--ops-listen", c.OpsListen)
 	if err != nil {
 		return err
 	}
 	log.Info("broker is up", "operations", ops.Addr().String())
-	return runParts(ctx, append([]part{opsPart(ops, tel, nil)}, office.parts...)...)
+	parts := append([]part{opsPart(ops, tel, nil), {"callout", callout.Run}}, office.parts...)
+	return runParts(ctx, parts...)
 }
 
 // backOffice is what a broker does: it serves the workers, and settles what dead owners
 // have left behind.
 type backOffice struct {
-	nc    *nats.Conn
-	parts []part
+	conns
+	system *nats.Conn // one of them
+	parts  []part
 }
 
 // newBackOffice provisions the queue. The feed is that of the table of agents; nil makes
 // one.
 func newBackOffice(ctx context.Context, natsConfig bus.Config, o QueueOptions, store *books.Store, agents *presence.Table, feed *presence.Feed, log *slog.Logger) (*backOffice, error) {
-	natsConfig.Name = "ownllm-broker"
-	nc, err := bus.Connect(natsConfig, log)
+	c, err := connect(log,
+		natsConfig.As(bus.UserCore, "ownllm-broker"),
+		natsConfig.As(bus.UserAgents, "ownllm-broker-agents"),
+		natsConfig.As(bus.UserSystem, "ownllm-broker-system"))
 	if err != nil {
-		return nil, unreachableError{err}
+		return nil, err
 	}
-	queue, err := bus.NewQueue(nc)
+	core, nc, system := c[0], c[1], c[2]
+	queue, err := bus.NewQueue(core)
 	if err == nil {
 		err = queue.Provision(ctx, bus.QueueConfig{PerModel: o.QueueBound, MaxAge: o.QueueMaxAge, Replicas: o.QueueReplicas})
 	}
 	if err != nil {
-		nc.Close()
+		c.close()
 		return nil, err
 	}
-	b := &backOffice{nc: nc}
+	b := &backOffice{conns: c, system: system}
 	if feed == nil {
 		feed = presence.NewFeed(nc, agents, log)
-		b.parts = append(b.parts, part{"presence", feed.Run})
+		b.parts = append(b.parts, part{"presence", feed.Run}, part{"connections", watchConnections(feed, system)})
 	}
 	b.parts = append(b.parts,
+		part{"removals", func(ctx context.Context) error { return cutRemoved(ctx, store, system, log) }},
 		part{"registry", registry.New(nc, queue, store, agents, log).Run},
 		part{"sweeper", quota.NewSweeper(store, 0, log).Run},
 		part{"orphans", orphan.New(queue, store, agents, feed, log).Run})

@@ -31,6 +31,11 @@ const (
 	testSecret = "sk-ownllm-canarycanarycanarycan"
 	usrID      = "usr_01KAMPZ6V9J3M8R5T2W7X4Y0QB"
 	keyID      = "key_01KAMPZ6V9J3M8R5T2W7X4Y0QB"
+	agentID    = "agt_01KAMPZ6V9J3M8R5T2W7X4Y0QB"
+	tenantID   = "ten_01KAMPZ6V9J3M8R5T2W7X4Y0QB"
+
+	testPairing    = "ownllm_pair_c0ffeec0ffeec0ffeec0ffeec0ffeec0"
+	testCredential = "ownllm_agent_canarycanarycanarycanarycanarycana"
 )
 
 // result is what a run of the command line leaves behind.
@@ -114,8 +119,10 @@ var (
 			{ID: "llama-3.3-70b", State: schemas.ModelReady, Backend: "vllm", ContextWindow: 131072, Queued: 5},
 			{ID: "qwen2.5:32b", State: schemas.ModelFailed, Backend: "ollama", Detail: "out of\nmemory"},
 		},
+		Machine: &adminapi.Machine{VRAMMB: 24564, RAMMB: 65536, CPUCores: 16, GPU: "RTX\x1b[31m", OS: "linux/amd64"},
 	}
-	aModel = adminapi.Model{
+	aPairing = adminapi.Pairing{ID: "pai_1", Tenant: "ten_1", TenantSlug: "acme", Secret: testPairing, CreatedAt: at, ExpiresAt: later}
+	aModel   = adminapi.Model{
 		ID: "llama-3.3-70b", Tenant: "ten_1", State: schemas.ModelReady, ContextWindow: 131072, SizeMB: 40000,
 		Capabilities: schemas.Capabilities{Completion: true, Tools: true}, Agents: []schemas.AgentID{"agt_1", "agt_2"},
 		CentsPer1kTokens: new(adminapi.Cents(250_000)),
@@ -245,9 +252,18 @@ func TestCommands(t *testing.T) {
 		"agents list": {
 			[]string{"agents", "list", "--tenant", "acme"}, page(anAgent, adminapi.Agent{ID: "agt_2", Tenant: "ten_1", State: "offline"}),
 			"GET /api/v1/agents?limit=500&tenant=acme",
-			"AGENT  ID     TENANT  STATE    RUNNING  WAITING  MODELS  SEEN    HOST\n" +
-				"gpu-1  agt_1  acme    up       2/4      3        2       2h ago  rack?[31m\n" +
+			"AGENT  ID     TENANT  STATE    RUNNING  WAITING  MODELS  SEEN    GPU\n" +
+				"gpu-1  agt_1  acme    up       2/4      3        2       2h ago  RTX?[31m\n" +
 				"agt_2  agt_2  ten_1   offline  0/0      0        0       never   -\n",
+		},
+		"agents pair": {
+			[]string{"agents", "pair", "--tenant", "acme"}, aPairing, `POST /api/v1/agents/pairings {"tenant":"acme","ttl_seconds":604800}`,
+			"pairing key  " + testPairing + "\ntenant       acme\nexpires      2026-11-23 18:04:05 UTC\n\n" +
+				"It can't be shown again. On the GPU machine, with the address of this server:\n\n    ownllm worker --pair ownllm_pair_… --server https://…\n",
+		},
+		"agents remove": {
+			[]string{"agents", "remove", agentID}, anAgent, "DELETE /api/v1/agents/" + agentID,
+			"Agent agt_1 gpu-1 is removed.\n",
 		},
 		"models list": {
 			[]string{"models", "list"}, page(aModel), "GET /api/v1/models?limit=500",
@@ -257,8 +273,8 @@ func TestCommands(t *testing.T) {
 		"status": {
 			[]string{"status"}, aStatus, "GET /api/v1/status",
 			"OwnLLM v1.2.3 at SERVER/api/v1 is ready (postgres ok, nats ok)\n\n" +
-				"AGENT  ID     TENANT  STATE  RUNNING  WAITING  MODELS  SEEN    HOST\n" +
-				"gpu-1  agt_1  acme    up     2/4      3        2       2h ago  rack?[31m\n\n" +
+				"AGENT  ID     TENANT  STATE  RUNNING  WAITING  MODELS  SEEN    GPU\n" +
+				"gpu-1  agt_1  acme    up     2/4      3        2       2h ago  RTX?[31m\n\n" +
 				"MODEL          AGENT  STATE   BACKEND  CONTEXT  QUEUED  DETAIL\n" +
 				"llama-3.3-70b  gpu-1  ready   vllm     131072   5       -\n" +
 				"qwen2.5:32b    gpu-1  failed  ollama   -        0       out of?memory\n",
@@ -331,6 +347,8 @@ func TestExitCodes(t *testing.T) {
 		"no change":          {nil, "tenants set acme", ExitUsage, []string{"nothing to change", "--qps"}},
 		"bad scope":          {nil, "keys set " + keyID + " --scope x", ExitUsage, []string{`--scope: "x"`}},
 		"key for its id":     {nil, "keys rotate " + testSecret, ExitUsage, []string{"that is the key itself"}},
+		"secret for an id":   {nil, "agents remove " + testCredential, ExitUsage, []string{"that is a secret"}},
+		"no time to pair":    {nil, "agents pair --tenant a --ttl 1ms", ExitUsage, []string{"--ttl: 1ms"}},
 		"key in usage":       {nil, "usage --key " + testSecret, ExitUsage, []string{"that is the key itself"}},
 		"no price":           {nil, "models price m", ExitUsage, []string{"--cents-per-1k-tokens"}},
 		"bad price":          {nil, "models price m --cents-per-1k-tokens 0.1234567", ExitUsage, []string{`"0.1234567"`, "6 decimals"}},

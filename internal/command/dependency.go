@@ -3,41 +3,80 @@ package command
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/ownllm/ownllm/broker/access"
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/credential"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/internal/telemetry"
+	"github.com/ownllm/ownllm/schemas"
 )
 
-// config is how to connect to NATS.
-func (o NATSOptions) config(env *Environment) (bus.Config, error) {
-	token, err := o.token(env)
-	if err != nil {
-		return bus.Config{}, err
-	}
-	return bus.Config{
-		URL: o.NATSURL.Reveal(), Token: token.Reveal(), CredentialsFile: o.NATSCreds,
-		CAFile: o.NATSTLSCA, CertFile: o.NATSTLSCert, KeyFile: o.NATSTLSKey,
-	}, nil
+// address is how to connect to NATS, but for who connects.
+func (o NATSOptions) address() bus.Config {
+	return bus.Config{URL: o.NATSURL.Reveal(), CAFile: o.NATSTLSCA, CertFile: o.NATSTLSCert, KeyFile: o.NATSTLSKey}
 }
 
-// connect opens the two connections of a role: one for tokens, one for large bodies.
-func connect(cfg bus.Config, role string, log *slog.Logger) (tokens, bulk *nats.Conn, err error) {
-	cfg.Name = "ownllm-" + role
-	if tokens, err = bus.Connect(cfg, log); err != nil {
-		return nil, nil, unreachableError{err}
+// config is how to connect to NATS as any of the system users.
+func (o BusOptions) config(env *Environment) (bus.Config, error) {
+	token, err := o.token(env)
+	cfg := o.address()
+	cfg.Password = token.Reveal()
+	return cfg, err
+}
+
+// conns are connections to NATS that belong together.
+type conns []*nats.Conn
+
+// connect opens a connection for each configuration.
+func connect(log *slog.Logger, each ...bus.Config) (conns, error) {
+	var c conns
+	for _, cfg := range each {
+		nc, err := bus.Connect(cfg, log)
+		if err != nil {
+			c.close()
+			return nil, unreachableError{err}
+		}
+		c = append(c, nc)
 	}
-	cfg.Name += "-bulk"
-	if bulk, err = bus.Connect(cfg, log); err != nil {
-		tokens.Close()
-		return nil, nil, unreachableError{err}
+	return c, nil
+}
+
+func (c conns) close() {
+	for _, nc := range c {
+		nc.Close()
 	}
-	return tokens, bulk, nil
+}
+
+// identities gives access what the books know of agents.
+type identities struct{ store *books.Store }
+
+// Agent implements access.Agents.
+func (i identities) Agent(ctx context.Context, hash credential.Hash) (access.Agent, error) {
+	id, err := i.store.LookupAgent(ctx, hash)
+	var a books.Agent
+	if err == nil {
+		a, err = i.store.GetAgent(ctx, id.Agent)
+	}
+	var refused *schemas.Error
+	switch {
+	case errors.As(err, &refused) && refused.Code != schemas.CodeInternalError:
+		return access.Agent{}, fmt.Errorf("%w: %w", access.ErrDenied, err)
+	case err != nil:
+		return access.Agent{}, err
+	}
+	agent := access.Agent{ID: a.ID, Tenant: a.Tenant}
+	for _, m := range a.Inventory.Models {
+		agent.Models = append(agent.Models, m.ID)
+	}
+	return agent, nil
 }
 
 // openBooks opens the books at an address, and brings their schema up to date.

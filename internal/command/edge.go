@@ -10,7 +10,8 @@ import (
 type edgeCommand struct {
 	ListenOptions
 	HTTPOptions
-	NATSOptions
+	BusOptions
+	AgentOptions
 	DatabaseOptions
 	DeadlineOptions
 	LimitOptions
@@ -54,7 +55,8 @@ func (c *edgeCommand) Validate() error {
 	var p problems
 	c.ListenOptions.check(&p)
 	c.HTTPOptions.check(&p)
-	c.NATSOptions.check(&p)
+	c.BusOptions.check(&p)
+	c.AgentOptions.check(&p)
 	c.DatabaseOptions.check(&p, true)
 	c.DeadlineOptions.check(&p)
 	c.LimitOptions.check(&p)
@@ -71,7 +73,7 @@ func (c *edgeCommand) Run(ctx context.Context, env *Environment) error {
 	if err != nil {
 		return err
 	}
-	natsConfig, err := c.NATSOptions.config(env)
+	natsConfig, err := c.BusOptions.config(env)
 	if err != nil {
 		return err
 	}
@@ -86,7 +88,7 @@ func (c *edgeCommand) Run(ctx context.Context, env *Environment) error {
 	}
 	defer store.Close()
 	front, err := newFront(ctx, natsConfig, store, tel, frontOptions{
-		http: c.HTTPOptions, deadlines: c.DeadlineOptions, limits: c.LimitOptions, adminToken: token,
+		http: c.HTTPOptions, deadlines: c.DeadlineOptions, limits: c.LimitOptions, adminToken: token, agentNATSURL: c.AgentNATSURL,
 	}, log)
 	if err != nil {
 		return err

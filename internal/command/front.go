@@ -19,7 +19,9 @@ import (
 
 // front is an edge with all that it stands on, but the books.
 type front struct {
-	tokens, bulk *nats.Conn
+	conns
+	tokens, bulk *nats.Conn // two of them
+	core, system *nats.Conn // and two more
 	agents       *presence.Table
 	feed         *presence.Feed
 	gate         *quota.Gate
@@ -33,14 +35,21 @@ type frontOptions struct {
 	deadlines  DeadlineOptions
 	limits     LimitOptions
 	adminToken secret.String
+	// agentNATSURL is the address of NATS that machines are told; without one it is that of
+	// this edge, with natsPort, if that isn't empty.
+	agentNATSURL, natsPort string
 }
 
 func newFront(ctx context.Context, natsConfig bus.Config, store *books.Store, tel *tele, o frontOptions, log *slog.Logger) (*front, error) {
-	tokens, bulk, err := connect(natsConfig, "edge", log)
+	c, err := connect(log,
+		natsConfig.As(bus.UserAgents, "ownllm-edge"),
+		natsConfig.As(bus.UserAgents, "ownllm-edge-bulk"),
+		natsConfig.As(bus.UserCore, "ownllm-edge-queue"),
+		natsConfig.As(bus.UserSystem, "ownllm-edge-system"))
 	if err != nil {
 		return nil, err
 	}
-	f := &front{tokens: tokens, bulk: bulk, agents: presence.NewTable()}
+	f := &front{conns: c, tokens: c[0], bulk: c[1], core: c[2], system: c[3], agents: presence.NewTable()}
 	if err := f.assemble(ctx, store, tel, o, log); err != nil {
 		f.close()
 		return nil, err
@@ -52,7 +61,7 @@ func (f *front) assemble(ctx context.Context, store *books.Store, tel *tele, o f
 	if err := restore(ctx, store, f.agents); err != nil {
 		return err
 	}
-	queue, err := bus.NewQueue(f.tokens)
+	queue, err := bus.NewQueue(f.core)
 	if err != nil {
 		return err
 	}
@@ -61,21 +70,19 @@ func (f *front) assemble(ctx context.Context, store *books.Store, tel *tele, o f
 	cfg.ColdWait, cfg.FirstToken = o.deadlines.ColdWait, o.deadlines.FirstTokenTimeout
 	cfg.Idle, cfg.Total = o.deadlines.IdleTimeout, o.deadlines.TotalTimeout
 	f.gate = quota.New(store, quota.Config{OpenTokens: o.limits.OpenTokens}, log)
-	f.dispatcher, err = dispatch.New(dispatch.Parts{
-		Tokens: f.tokens, Bulk: f.bulk, Agents: f.agents, Feed: f.feed, Gate: f.gate,
+	f.dispatcher = dispatch.New(dispatch.Parts{
+		Tokens: f.tokens, Bulk: f.bulk, Queue: queue, Agents: f.agents, Feed: f.feed, Gate: f.gate,
 		Metrics: tel.metrics, Tracer: tel.tracer, Log: log,
 	}, cfg)
-	if err != nil {
-		return err
-	}
 	f.keys = keyring.New(store, log)
 	f.edge = edge.New(edge.Config{
 		CertFile: o.http.TLSCert, KeyFile: o.http.TLSKey, TrustedProxies: o.http.TrustedProxy,
 		BaseDomain: o.http.BaseDomain, CORSOrigins: o.http.CORSOrigin, BodyLimit: int(o.http.BodyLimit),
 		FailureRate: o.limits.FailureRate, FailureBurst: o.limits.FailureBurst,
+		AgentNATSURL: o.agentNATSURL, NATSPort: o.natsPort,
 		AdminToken: o.adminToken.Reveal(), Drain: o.deadlines.DrainTimeout, Version: Version(),
 	}, edge.Parts{
-		Keys: f.keys, Agents: f.agents, Feed: f.feed, Dispatcher: f.dispatcher, Gate: f.gate, Books: store, Queue: queue,
+		Keys: f.keys, Agents: f.agents, Feed: f.feed, Aside: f.feed, Dispatcher: f.dispatcher, Gate: f.gate, Books: store, Queue: queue,
 		Metrics: tel.metrics, Tracer: tel.tracer, Log: log,
 	})
 	return nil
@@ -88,6 +95,7 @@ func (f *front) parts() []part {
 		{"gate", f.gate.Run},
 		{"dispatcher", f.dispatcher.Run},
 		{"presence", f.feed.Run},
+		{"connections", watchConnections(f.feed, f.system)},
 	}
 }
 
@@ -95,12 +103,9 @@ func (f *front) serve(l net.Listener) part {
 	return part{"edge", func(ctx context.Context) error { return f.edge.Serve(ctx, l) }}
 }
 
-func (f *front) close() {
-	for _, nc := range []*nats.Conn{f.tokens, f.bulk} {
-		if nc != nil {
-			nc.Close()
-		}
-	}
+// watchConnections is a part that tells the feed of agents whose connections close.
+func watchConnections(feed *presence.Feed, system *nats.Conn) func(context.Context) error {
+	return func(ctx context.Context) error { return feed.WatchConnections(ctx, system) }
 }
 
 // restore tells the table of the agents that the books know.

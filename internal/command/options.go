@@ -73,37 +73,50 @@ func (o DataOptions) dir(env *Environment) (string, error) {
 
 // NATSOptions are the same for every role that connects to NATS.
 type NATSOptions struct {
-	NATSURL       secret.String `name:"nats-url" placeholder:"URL" help:"Address of NATS, nats://host:4222 or tls://host:4222; of a cluster several, with commas."`
-	NATSCreds     string        `name:"nats-creds" placeholder:"FILE" help:"Credentials file of NATS (JWT and seed)."`
-	NATSTokenFile string        `name:"nats-token-file" placeholder:"FILE" help:"File with the shared secret of NATS, - for standard input; or give the secret itself in $$OWNLLM_NATS_TOKEN."`
-	NATSTLSCA     string        `name:"nats-tls-ca" placeholder:"FILE" help:"Certificates of the authorities that NATS's certificate is checked against; without it the system's."`
-	NATSTLSCert   string        `name:"nats-tls-cert" placeholder:"FILE" help:"Our certificate towards NATS."`
-	NATSTLSKey    string        `name:"nats-tls-key" placeholder:"FILE" help:"Key of our certificate."`
+	NATSURL     secret.String `name:"nats-url" placeholder:"URL" help:"Address of NATS, nats://host:4222, tls://host:4222, ws://host or wss://host; of a cluster several, with commas."`
+	NATSTLSCA   string        `name:"nats-tls-ca" placeholder:"FILE" help:"Certificates of the authorities that NATS's certificate is checked against; without it the system's."`
+	NATSTLSCert string        `name:"nats-tls-cert" placeholder:"FILE" help:"Our certificate towards NATS."`
+	NATSTLSKey  string        `name:"nats-tls-key" placeholder:"FILE" help:"Key of our certificate."`
 }
 
 func (o NATSOptions) check(p *problems) {
-	if o.NATSURL == "" {
-		p.add("--nats-url is needed: the address of NATS, nats://host:4222 say")
-	}
 	for server := range strings.SplitSeq(o.NATSURL.Reveal(), ",") {
 		u, err := url.Parse(strings.TrimSpace(server))
 		if server != "" && (err != nil || u.Host == "" || u.Scheme != "nats" && u.Scheme != "tls" && u.Scheme != "ws" && u.Scheme != "wss") {
 			p.add("--nats-url: an address doesn't look like nats://host:4222 or tls://host:4222") // it may hold a password
 		}
 	}
-	if o.NATSCreds != "" && o.NATSTokenFile != "" {
-		p.add("--nats-creds and --nats-token-file exclude each other")
-	}
 	pair(p, "--nats-tls-cert", o.NATSTLSCert, "--nats-tls-key", o.NATSTLSKey)
-	exists(p, "--nats-creds", o.NATSCreds)
 	exists(p, "--nats-tls-ca", o.NATSTLSCA)
 	exists(p, "--nats-tls-cert", o.NATSTLSCert)
 	exists(p, "--nats-tls-key", o.NATSTLSKey)
 }
 
-// token is the shared secret of NATS, empty if none is given.
-func (o NATSOptions) token(env *Environment) (secret.String, error) {
-	return env.secret("OWNLLM_NATS_TOKEN", o.NATSTokenFile)
+// TokenOptions say where the shared secret of edges, brokers and NATS is.
+type TokenOptions struct {
+	NATSTokenFile string `name:"nats-token-file" placeholder:"FILE" help:"File with the shared secret of NATS, - for standard input; or give the secret itself in $$OWNLLM_NATS_TOKEN."`
+}
+
+// token is the shared secret of NATS, which has to be given.
+func (o TokenOptions) token(env *Environment) (secret.String, error) {
+	token, err := env.secret("OWNLLM_NATS_TOKEN", o.NATSTokenFile)
+	if err == nil && token == "" {
+		err = usageError{errors.New("the shared secret of NATS is needed, in $OWNLLM_NATS_TOKEN or by --nats-token-file")}
+	}
+	return token, err
+}
+
+// BusOptions are of the roles that are trusted with all of NATS.
+type BusOptions struct {
+	NATSOptions
+	TokenOptions
+}
+
+func (o BusOptions) check(p *problems) {
+	if o.NATSURL == "" {
+		p.add("--nats-url is needed: the address of NATS, nats://host:4222 say")
+	}
+	o.NATSOptions.check(p)
 }
 
 // DatabaseOptions say where Postgres is.

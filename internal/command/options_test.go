@@ -21,7 +21,7 @@ type roles struct {
 }
 
 type edgeFlags struct {
-	NATSOptions
+	BusOptions
 	DatabaseOptions
 	ListenOptions
 	HTTPOptions
@@ -31,7 +31,7 @@ type edgeFlags struct {
 
 func (f *edgeFlags) Validate() error {
 	var p problems
-	f.NATSOptions.check(&p)
+	f.BusOptions.check(&p)
 	f.DatabaseOptions.check(&p, true)
 	f.ListenOptions.check(&p)
 	f.HTTPOptions.check(&p)
@@ -73,7 +73,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := edgeFlags{
-		NATSOptions:     NATSOptions{NATSURL: "nats://n:4222"},
+		BusOptions:      BusOptions{NATSOptions: NATSOptions{NATSURL: "nats://n:4222"}},
 		DatabaseOptions: DatabaseOptions{"postgres://p/db"},
 		ListenOptions:   ListenOptions{"127.0.0.1:9191", OpsOptions{"127.0.0.1:9192"}},
 		HTTPOptions:     HTTPOptions{BodyLimit: 32 << 20},
@@ -104,7 +104,7 @@ func TestFlags(t *testing.T) {
 		t.Fatal(err)
 	}
 	r, err := parseRole(t, map[string]string{"OWNLLM_LISTEN": ":1", "OWNLLM_IDLE_TIMEOUT": "7s", "OWNLLM_CORS_ORIGIN": "https://a.example,*"},
-		"edge", "--nats-url", "nats://a:4222,tls://b:4222", "--nats-creds", file, "--nats-tls-ca", file,
+		"edge", "--nats-url", "nats://a:4222,tls://b:4222", "--nats-token-file", file, "--nats-tls-ca", file,
 		"--nats-tls-cert", file, "--nats-tls-key", file, "--database-url", "postgresql://u:p@h/db",
 		"--listen", "0.0.0.0:0", "--ops-listen", "[::1]:9192", "--tls-cert", file, "--tls-key", file,
 		"--trusted-proxy", "10.0.0.0/8", "--trusted-proxy", "fd00::/8", "--base-domain", "ownllm.app",
@@ -113,7 +113,7 @@ func TestFlags(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := edgeFlags{
-		NATSOptions:     NATSOptions{"nats://a:4222,tls://b:4222", file, "", file, file, file},
+		BusOptions:      BusOptions{NATSOptions{"nats://a:4222,tls://b:4222", file, file, file}, TokenOptions{file}},
 		DatabaseOptions: DatabaseOptions{"postgresql://u:p@h/db"},
 		ListenOptions:   ListenOptions{"0.0.0.0:0", OpsOptions{"[::1]:9192"}},
 		HTTPOptions: HTTPOptions{
@@ -156,11 +156,11 @@ func TestAllProblemsAtOnce(t *testing.T) {
 		want []string
 	}{
 		"edge": {
-			"edge --nats-creds /nonexistent/creds --nats-token-file x --nats-tls-cert /nonexistent/cert --tls-key /nonexistent/key " +
+			"edge --nats-tls-ca /nonexistent/ca --nats-tls-cert /nonexistent/cert --tls-key /nonexistent/key " +
 				"--listen 9191 --ops-listen :99999 --base-domain https://x --cors-origin x --body-limit 0 " +
 				"--first-token-timeout 0s --idle-timeout=-1s --drain-timeout=-1s",
 			[]string{
-				"--nats-url is needed", "--nats-creds and --nats-token-file", "--nats-tls-cert and --nats-tls-key", "/nonexistent/creds", "/nonexistent/cert",
+				"--nats-url is needed", "--nats-tls-cert and --nats-tls-key", "/nonexistent/ca", "/nonexistent/cert",
 				"--database-url is needed", "--tls-cert and --tls-key", "/nonexistent/key", `--listen: "9191"`, `"99999" isn't a port`,
 				"--base-domain", "--cors-origin", "--body-limit", "--first-token-timeout", "--idle-timeout: -1s", "--drain-timeout: -1s",
 			},
@@ -171,7 +171,7 @@ func TestAllProblemsAtOnce(t *testing.T) {
 		},
 		"worker": {
 			"worker --backend ftp://x --slots=-1 --model a=x --model b=x",
-			[]string{"--nats-url is needed", `--backend: "ftp://x"`, "--slots: -1", `"x"`},
+			[]string{`--backend: "ftp://x"`, "--slots: -1", `"x"`},
 		},
 		"more of the edge": {
 			"edge --listen x/y:1 --total-timeout 1s --first-token-timeout 2s",
@@ -235,7 +235,7 @@ func TestSecretsOfTheRoles(t *testing.T) {
 	env := &Environment{Getenv: func(name string) string {
 		return map[string]string{"OWNLLM_NATS_TOKEN": "nats", "OWNLLM_BACKEND_KEY": "backend"}[name]
 	}}
-	if s, err := (NATSOptions{}).token(env); err != nil || s.Reveal() != "nats" {
+	if s, err := (TokenOptions{}).token(env); err != nil || s.Reveal() != "nats" {
 		t.Errorf("%q, %v", s.Reveal(), err)
 	}
 	if s, err := (BackendOptions{}).key(env); err != nil || s.Reveal() != "backend" {

@@ -16,14 +16,15 @@ import (
 	"github.com/ownllm/ownllm/internal/adminapi"
 	"github.com/ownllm/ownllm/internal/postgres"
 	"github.com/ownllm/ownllm/internal/secret"
-	"github.com/ownllm/ownllm/worker"
 )
 
 // upCommand is `ownllm up`.
 type upCommand struct {
 	DataOptions
 	ListenOptions
-	NATSListen string `name:"nats-listen" default:"127.0.0.1:4222" placeholder:"ADDR" help:"Address of NATS, for workers on other machines; another free port if it is taken. Default: 127.0.0.1:4222."`
+	NATSListen    string `name:"nats-listen" default:"127.0.0.1:4222" placeholder:"ADDR" help:"Address of NATS, for workers on other machines; another free port if it is taken. Default: 127.0.0.1:4222."`
+	NATSWebSocket string `name:"nats-websocket" placeholder:"ADDR" help:"Address of NATS for workers that come by WebSocket, ws://, as through an HTTP proxy or a tunnel. Without it there is none."`
+	AgentOptions
 	BackendOptions
 	DatabaseOptions
 	HTTPOptions
@@ -51,6 +52,10 @@ func (c *upCommand) Validate() error {
 	var p problems
 	c.ListenOptions.check(&p)
 	address(&p, "--nats-listen", c.NATSListen)
+	if c.NATSWebSocket != "" {
+		address(&p, "--nats-websocket", c.NATSWebSocket)
+	}
+	c.AgentOptions.check(&p)
 	c.BackendOptions.check(&p)
 	c.DatabaseOptions.check(&p, false)
 	c.HTTPOptions.check(&p)
@@ -104,25 +109,27 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 			}
 		}})
 	}
-	nats, err := natsd.Start(ctx, natsd.Config{
-		Listen: c.NATSListen, StoreDir: filepath.Join(dir, "nats"), Token: secrets.nats.Reveal(), Log: log,
-	})
-	if err != nil {
-		return err
-	}
-	defer nats.Stop()
-	natsConfig := bus.Config{URL: nats.URL(), Token: secrets.nats.Reveal(), InProcess: nats}
 	store, err := openBooks(ctx, databaseURL)
 	if err != nil {
 		return err
 	}
 	defer store.Close()
+	nats, err := natsd.Start(ctx, natsd.Config{
+		Listen: c.NATSListen, WebSocket: c.NATSWebSocket, StoreDir: filepath.Join(dir, "nats"),
+		Token: secrets.nats.Reveal(), Agents: identities{store}, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer nats.Stop()
+	natsConfig := bus.Config{URL: nats.URL(), Password: secrets.nats.Reveal(), InProcess: nats}
 	tenant, _, _, err := store.EnsureFirst(ctx, secrets.key)
 	if err != nil {
 		return unavailable(err)
 	}
 	front, err := newFront(ctx, natsConfig, store, tel, frontOptions{
 		http: c.HTTPOptions, deadlines: c.DeadlineOptions, limits: c.LimitOptions, adminToken: secrets.admin,
+		agentNATSURL: c.AgentNATSURL, natsPort: portOf(nats.URL()),
 	}, log)
 	if err != nil {
 		return err
@@ -132,8 +139,8 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 	if err != nil {
 		return err
 	}
-	defer office.nc.Close()
-	agent, err := agentID(dir)
+	defer office.conns.close()
+	own, err := ownIdentity(ctx, dir, store, tenant.ID)
 	if err != nil {
 		return err
 	}
@@ -141,13 +148,11 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 	if err != nil {
 		return err
 	}
-	tokens, bulk, err := connect(natsConfig, "worker", log)
+	w, links, err := newWorker(natsConfig, own, nil, backends, c.DrainTimeout, tel, log)
 	if err != nil {
 		return err
 	}
-	defer tokens.Close()
-	defer bulk.Close()
-	w := worker.New(tokens, bulk, workerConfig(tenant.ID, agent, backends, c.DrainTimeout, tel), log)
+	defer links.close()
 	api, ops, err := c.ListenOptions.open()
 	if err != nil {
 		return err

@@ -1,18 +1,14 @@
 package command
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
-	"path/filepath"
-	"strings"
-	"time"
 
 	"github.com/ownllm/ownllm/internal/secret"
-	"github.com/ownllm/ownllm/schemas"
-	"github.com/ownllm/ownllm/worker"
 	"github.com/ownllm/ownllm/worker/backend"
 	"github.com/ownllm/ownllm/worker/demo"
 )
@@ -20,11 +16,11 @@ import (
 // workerCommand is `ownllm worker`.
 type workerCommand struct {
 	BackendOptions
+	PairOptions
 	NATSOptions
 	DataOptions
 	DrainOptions
 	OpsOptions
-	Tenant string `placeholder:"ID" help:"Id of the tenant that the machine serves, ten_…; see ownllm tenants list."`
 	LogOptions
 }
 
@@ -33,21 +29,22 @@ func (workerCommand) Help() string {
 	return `Serves the models of this machine. It only dials out. Without --backend the usual
 local ports are probed; if nothing answers there, the demo model serves.
 
+The first run needs a pairing key, which an admin makes by ownllm agents pair. What it gets
+for that is kept in the data directory, and does for every later run.
+
 Examples:
 
-    export OWNLLM_NATS_TOKEN=…
-    ownllm worker --nats-url nats://broker.example.com:4222 --tenant ten_01K…
-    ownllm worker --nats-url … --tenant … --backend http://127.0.0.1:11434 --model llama3.3=llama-3.3-70b`
+    ownllm worker --pair-file key.txt --server https://ownllm.example.com
+    ownllm worker
+    ownllm worker --nats-url wss://nats.example.com --backend http://127.0.0.1:11434 --model llama3.3=llama-3.3-70b`
 }
 
 // Validate reports all problems of the flags at once.
 func (c *workerCommand) Validate() error {
 	var p problems
 	c.BackendOptions.check(&p)
+	c.PairOptions.check(&p)
 	c.NATSOptions.check(&p)
-	if err := schemas.ValidateID(c.Tenant, "ten_"); err != nil {
-		p.add("--tenant: %w", err)
-	}
 	c.DrainOptions.check(&p)
 	c.OpsOptions.check(&p)
 	return p.err()
@@ -63,66 +60,40 @@ func (c *workerCommand) Run(ctx context.Context, env *Environment) error {
 	if err != nil {
 		return err
 	}
-	natsConfig, err := c.NATSOptions.config(env)
+	own, err := c.PairOptions.identity(ctx, env, dir, log)
 	if err != nil {
 		return err
+	}
+	natsConfig := c.NATSOptions.address()
+	natsConfig.URL = cmp.Or(natsConfig.URL, own.natsURL())
+	if natsConfig.URL == "" {
+		return usageError{errors.New("--nats-url is needed: the address of NATS, nats://host:4222 say")}
 	}
 	tel, err := startTelemetry(ctx, "ownllm-worker", log)
 	if err != nil {
 		return err
 	}
 	defer tel.stop(log)
-	agent, err := agentID(dir)
-	if err != nil {
-		return err
-	}
 	backends, parts, err := c.BackendOptions.open(ctx, env, log)
 	if err != nil {
 		return err
 	}
-	tokens, bulk, err := connect(natsConfig, "worker", log)
+	beside, err := newAside(own)
 	if err != nil {
 		return err
 	}
-	defer tokens.Close()
-	defer bulk.Close()
+	defer beside.close()
+	w, links, err := newWorker(natsConfig, own, beside.or(), backends, c.DrainTimeout, tel, log)
+	if err != nil {
+		return err
+	}
+	defer links.close()
 	ops, err := listen("--ops-listen", c.OpsListen)
 	if err != nil {
 		return err
 	}
-	w := worker.New(tokens, bulk, workerConfig(schemas.TenantID(c.Tenant), agent, backends, c.DrainTimeout, tel), log)
-	log.Info("worker is up", "agent", agent, "operations", ops.Addr().String())
+	log.Info("worker is up", "agent", own.Agent, "operations", ops.Addr().String())
 	return runParts(ctx, append(parts, opsPart(ops, tel, nil), part{"worker", w.Run})...)
-}
-
-func workerConfig(tenant schemas.TenantID, agent schemas.AgentID, backends []backend.Config, drain time.Duration, tel *tele) worker.Config {
-	host, err := os.Hostname()
-	if err != nil {
-		host = "unknown"
-	}
-	return worker.Config{
-		Tenant: tenant, Agent: agent, Host: host, Software: Version(),
-		Backends: backends, Drain: drain, Metrics: tel.metrics, Tracer: tel.tracer,
-	}
-}
-
-// agentID is the id of this machine, made on its first run and kept in dir.
-func agentID(dir string) (schemas.AgentID, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", fmt.Errorf("--data-dir: %w", err)
-	}
-	path := filepath.Join(dir, "agent.id")
-	if b, err := os.ReadFile(path); err == nil {
-		id := strings.TrimSpace(string(b))
-		if err := schemas.ValidateID(id, "agt_"); err != nil {
-			return "", fmt.Errorf("%s: %w. Remove the file to get a new one", path, err)
-		}
-		return schemas.AgentID(id), nil
-	} else if !os.IsNotExist(err) {
-		return "", err
-	}
-	id := schemas.NewAgentID()
-	return id, writeFile(path, string(id))
 }
 
 // demoName is the backend that stands for the built-in demo model.

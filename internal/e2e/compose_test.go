@@ -112,7 +112,7 @@ func TestComposeNames(t *testing.T) {
 func TestComposeRuns(t *testing.T) {
 	services := composed(t, composeValues)
 	natsAddr, natsWeb, listen := stack.FreeAddr(t), stack.FreeAddr(t), stack.FreeAddr(t)
-	databaseURL, first := pgtest.New(t), t.TempDir()
+	databaseURL, first, config := pgtest.New(t), t.TempDir(), t.TempDir()
 	bin := filepath.Dir(stack.Binary(t, stack.OwnLLM))
 
 	// start runs a service, and waits until it is healthy.
@@ -145,7 +145,7 @@ func TestComposeRuns(t *testing.T) {
 	}
 	script := func(name string) *stack.Process {
 		s := services[name]
-		text := strings.ReplaceAll(s.Command[0], "/first/", first+"/")
+		text := strings.NewReplacer("/first/", first+"/", "/config/", config+"/").Replace(s.Command[0])
 		return start(name, stack.FreeAddr(t), s.Entrypoint[0], append(slices.Clone(s.Entrypoint[1:]), text))
 	}
 
@@ -153,8 +153,13 @@ func TestComposeRuns(t *testing.T) {
 	_, webPort, _ := strings.Cut(natsWeb, ":")
 	natsArgs := []string{"--addr=" + host, "--port=" + port}
 	for _, arg := range services["nats"].Command {
-		arg = strings.Replace(arg, "/data", t.TempDir(), 1)
+		arg = strings.NewReplacer("/data", t.TempDir(), "/config/", config+"/").Replace(arg)
 		natsArgs = append(natsArgs, strings.Replace(arg, "8222", webPort, 1))
+	}
+	made := script("config")
+	stack.Until(t, 30*time.Second, "the configuration", func() bool { return !made.Alive() })
+	if err := made.Err(); err != nil {
+		t.Fatalf("making the configuration: %v", err)
 	}
 	start("nats", natsWeb, stack.Binary(t, "github.com/nats-io/nats-server/v2"), natsArgs)
 	role("broker")

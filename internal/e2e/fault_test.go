@@ -15,6 +15,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
@@ -23,7 +24,7 @@ import (
 // jobs counts the jobs in the queue.
 func jobs(t *testing.T, c *stack.Cluster) uint64 {
 	t.Helper()
-	nc, err := nats.Connect(c.NATSURL(), nats.Token(c.Token()))
+	nc, err := nats.Connect(c.NATSURL(), nats.UserInfo(bus.UserCore, c.Token()))
 	if err != nil {
 		t.Fatal(err)
 	}

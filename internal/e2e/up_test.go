@@ -83,7 +83,7 @@ func TestUnreachable(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			cmd := exec.CommandContext(t.Context(), stack.Binary(t, stack.OwnLLM), "edge", "--nats-url", "nats://"+nowhere,
 				"--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0")
-			cmd.Env = append(os.Environ(), "OWNLLM_DATABASE_URL="+c.url)
+			cmd.Env = append(os.Environ(), "OWNLLM_DATABASE_URL="+c.url, "OWNLLM_NATS_TOKEN=a-secret")
 			out, err := cmd.CombinedOutput()
 			var exit *exec.ExitError
 			if !errors.As(err, &exit) || exit.ExitCode() != 3 || !strings.Contains(string(out), c.want) {

@@ -2,14 +2,20 @@
 package natstest
 
 import (
+	"context"
+	"crypto/sha256"
 	"log/slog"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/ownllm/ownllm/broker/access"
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/credential"
 	"github.com/ownllm/ownllm/broker/natsd"
+	"github.com/ownllm/ownllm/schemas"
 )
 
 // Log discards what is written to it.
@@ -20,14 +26,16 @@ type Server struct {
 	t      testing.TB
 	cfg    natsd.Config
 	server *natsd.Server
+	agents *Agents
 }
 
 // Start starts a server on a free port.
 func Start(t testing.TB) *Server {
 	t.Helper()
-	s := &Server{t: t, cfg: natsd.Config{
-		Listen: "127.0.0.1:0", StoreDir: t.TempDir(), Token: "secret", Log: Log,
-	}}
+	s := &Server{t: t, agents: NewAgents()}
+	s.cfg = natsd.Config{
+		Listen: "127.0.0.1:0", WebSocket: "127.0.0.1:0", StoreDir: t.TempDir(), Token: "secret", Agents: s.agents, Log: Log,
+	}
 	s.start()
 	t.Cleanup(func() { s.server.Stop() })
 	return s
@@ -54,15 +62,37 @@ func (s *Server) Restart(between func()) {
 	s.start()
 }
 
-// Config returns what a part needs to connect.
+// WebSocketURL is the address for clients that come by WebSocket.
+func (s *Server) WebSocketURL() string { return s.server.WebSocketURL() }
+
+// Config returns what a part of the house needs to connect to the agents' account.
 func (s *Server) Config(name string) bus.Config {
-	return bus.Config{URL: s.server.URL(), Name: name, Token: s.cfg.Token}
+	return bus.Config{URL: s.server.URL(), Name: name, User: bus.UserAgents, Password: s.cfg.Token}
 }
 
-// Connect opens a connection that ends with the test.
+// Connect opens a connection to the agents' account, as edges and brokers have it, that
+// ends with the test.
 func (s *Server) Connect(name string) *nats.Conn {
 	s.t.Helper()
-	nc, err := bus.Connect(s.Config(name), Log)
+	return s.Open(s.Config(name))
+}
+
+// Core opens a connection to the account of the queue.
+func (s *Server) Core(name string) *nats.Conn {
+	s.t.Helper()
+	return s.Open(s.Config(name).As(bus.UserCore, name))
+}
+
+// System opens a connection to the system's account.
+func (s *Server) System() *nats.Conn {
+	s.t.Helper()
+	return s.Open(s.Config("system").As(bus.UserSystem, "system"))
+}
+
+// Open opens a connection that ends with the test.
+func (s *Server) Open(cfg bus.Config) *nats.Conn {
+	s.t.Helper()
+	nc, err := bus.Connect(cfg, Log)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -70,17 +100,85 @@ func (s *Server) Connect(name string) *nats.Conn {
 	return nc
 }
 
-// Queue opens a connection with a provisioned queue.
+// Queue opens a connection to the account of the queue, and provisions it.
 func (s *Server) Queue(perModel int64) (*nats.Conn, *bus.Queue) {
 	s.t.Helper()
-	nc := s.Connect("queue")
+	return Provision(s.t, s.Core("queue"), perModel)
+}
+
+// Provision makes the queue by a connection to its account.
+func Provision(t testing.TB, nc *nats.Conn, perModel int64) (*nats.Conn, *bus.Queue) {
+	t.Helper()
 	q, err := bus.NewQueue(nc)
 	if err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
 	cfg := bus.QueueConfig{PerModel: perModel, MaxAge: time.Hour, Replicas: 1}
-	if err := q.Provision(s.t.Context(), cfg); err != nil {
-		s.t.Fatal(err)
+	if err := q.Provision(t.Context(), cfg); err != nil {
+		t.Fatal(err)
 	}
 	return nc, q
+}
+
+// AgentConfig makes an agent known with the models that it may pull, and returns what its
+// worker needs to connect.
+func (s *Server) AgentConfig(tenant schemas.TenantID, id schemas.AgentID, models ...string) bus.Config {
+	return s.agents.Config(s.Config("worker"), tenant, id, models...)
+}
+
+// Agent opens a connection of a worker, which may do no more than any worker.
+func (s *Server) Agent(tenant schemas.TenantID, id schemas.AgentID, models ...string) *nats.Conn {
+	s.t.Helper()
+	return s.Open(s.AgentConfig(tenant, id, models...))
+}
+
+// Agents are those that the server lets in.
+func (s *Server) Agents() *Agents { return s.agents }
+
+// Credential is that of an agent.
+func Credential(id schemas.AgentID) credential.Secret {
+	return credential.DeriveAgent(sha256.Sum256([]byte(id)))
+}
+
+// Agents implements access.Agents, and stands for what the books know.
+type Agents struct {
+	mu    sync.Mutex
+	known map[credential.Hash]access.Agent
+}
+
+// NewAgents returns nobody.
+func NewAgents() *Agents { return &Agents{known: make(map[credential.Hash]access.Agent)} }
+
+// Config makes an agent known with the models that it may pull, and returns what its
+// worker needs to connect to the server of the configuration.
+func (a *Agents) Config(cfg bus.Config, tenant schemas.TenantID, id schemas.AgentID, models ...string) bus.Config {
+	a.Offer(tenant, id, models...)
+	cfg = cfg.As(string(id), "worker")
+	cfg.Password, cfg.InboxPrefix = Credential(id).Reveal(), schemas.AgentInboxPrefix(id)
+	return cfg
+}
+
+// Offer makes an agent known with its models.
+func (a *Agents) Offer(tenant schemas.TenantID, id schemas.AgentID, models ...string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.known[Credential(id).Hash()] = access.Agent{ID: id, Tenant: tenant, Models: models}
+}
+
+// Remove takes an agent's credential away.
+func (a *Agents) Remove(id schemas.AgentID) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.known, Credential(id).Hash())
+}
+
+// Agent implements access.Agents.
+func (a *Agents) Agent(_ context.Context, hash credential.Hash) (access.Agent, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	agent, ok := a.known[hash]
+	if !ok {
+		return access.Agent{}, access.ErrDenied
+	}
+	return agent, nil
 }

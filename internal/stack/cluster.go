@@ -1,14 +1,18 @@
 package stack
 
 import (
+	"encoding/json"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 
+	"github.com/ownllm/ownllm/broker/access"
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/credential"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -60,8 +64,16 @@ func StartClusterOn(t testing.TB, databaseURL string, brokerArgs ...string) *Clu
 func (c *Cluster) StartNATS() {
 	c.t.Helper()
 	host, port, _ := strings.Cut(c.natsAddr, ":")
+	text, err := access.ServerConfig(c.token)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	config := filepath.Join(c.dir, "nats.conf")
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		c.t.Fatal(err)
+	}
 	c.NATS = Run(c.t, "nats-server", nil, Binary(c.t, "github.com/nats-io/nats-server/v2"),
-		"-a", host, "-p", port, "-js", "-sd", filepath.Join(c.dir, "nats"), "--auth", c.token)
+		"-c", config, "-a", host, "-p", port, "-sd", filepath.Join(c.dir, "nats"))
 	Until(c.t, startWait, "nats-server", func() bool {
 		for _, line := range c.NATS.Log() {
 			if strings.Contains(line, "Server is ready") {
@@ -175,7 +187,9 @@ func (c *Cluster) StartWorker(backendURL string, args ...string) *Worker {
 func (c *Cluster) StartWorkerOf(tenant schemas.TenantID, backendURL string, args ...string) *Worker {
 	c.t.Helper()
 	c.agents++
-	return c.worker(tenant, filepath.Join(c.dir, "agent", strconv.Itoa(c.agents)), backendURL, args...)
+	dir := filepath.Join(c.dir, "agent", strconv.Itoa(c.agents))
+	c.Pair(tenant, dir)
+	return c.worker(dir, backendURL, args...)
 }
 
 // Serving waits until the worker pulls jobs. An edge knows of it by then, but for what
@@ -191,11 +205,32 @@ func (w *Worker) Serving() *Worker {
 // RestartWorker starts the worker of the agent that lives in dir.
 func (c *Cluster) RestartWorker(dir, backendURL string, args ...string) *Worker {
 	c.t.Helper()
-	return c.worker(c.Tenant.ID, dir, backendURL, args...)
+	return c.worker(dir, backendURL, args...)
 }
 
-func (c *Cluster) worker(tenant schemas.TenantID, dir, backendURL string, args ...string) *Worker {
+// Pair makes a new agent of the tenant, whose worker lives in dir.
+func (c *Cluster) Pair(tenant schemas.TenantID, dir string) schemas.AgentID {
 	c.t.Helper()
-	p := c.role("worker", append([]string{"--data-dir", dir, "--tenant", string(tenant), "--backend", backendURL}, args...)...)
+	secret := credential.NewAgent()
+	agent, err := c.Books.AddAgent(c.t.Context(), string(tenant), schemas.NewAgentID(), "test", secret)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	b, err := json.Marshal(map[string]any{"agent_id": agent.ID, "tenant_id": tenant, "credential": secret.Reveal()})
+	if err == nil {
+		err = os.MkdirAll(dir, 0o700)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "worker.json"), b, 0o600)
+	}
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return agent.ID
+}
+
+func (c *Cluster) worker(dir, backendURL string, args ...string) *Worker {
+	c.t.Helper()
+	p := c.role("worker", append([]string{"--data-dir", dir, "--backend", backendURL}, args...)...)
 	return &Worker{p, dir}
 }

@@ -17,6 +17,7 @@ import (
 // as searchable as its keys are few. No key is for prompts, completions or secrets.
 var logKeys = map[string]string{
 	"active":            "number of requests in flight",
+	"account":           "NATS account",
 	"address":           "network address that is listened on or connected to",
 	"agent":             "agent id",
 	"attempt":           "number of the attempt of a request, from 1",

@@ -262,13 +262,20 @@ func (h *household) visit() {
 	stack.Until(h.t, wait, "the visiting worker to be gone", state(adminapi.AgentOffline))
 }
 
-// startWorker starts a worker of a tenant.
+// startWorker starts a worker of a tenant, as a machine that is paired with it.
 func (h *household) startWorker(tenant string, args ...string) *stack.Process {
 	h.t.Helper()
+	pairing, err := h.admin.CreatePairing(h.t.Context(), adminapi.CreatePairing{Tenant: tenant})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	dir := h.t.TempDir()
 	args = append([]string{
-		"worker", "--data-dir", h.t.TempDir(), "--ops-listen", stack.FreeAddr(h.t), "--tenant", tenant, "--backend", h.backend.URL,
+		"worker", "--data-dir", dir, "--ops-listen", stack.FreeAddr(h.t), "--backend", h.backend.URL,
+		"--server", strings.TrimSuffix(h.AdminURL, adminapi.Prefix), "--machine-id", dir,
 	}, args...)
-	return stack.Run(h.t, "worker", h.environ(""), stack.Binary(h.t, stack.OwnLLM), args...)
+	env := append(h.environ(""), "OWNLLM_PAIR="+pairing.Secret)
+	return stack.Run(h.t, "worker", env, stack.Binary(h.t, stack.OwnLLM), args...)
 }
 
 // fillQueue keeps the queue of the busy model full until the test ends.

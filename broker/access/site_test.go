@@ -1,0 +1,94 @@
+package access_test
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/ownllm/ownllm/broker/access"
+	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/internal/natstest"
+	"github.com/ownllm/ownllm/internal/stack"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// eachSite runs a test against the embedded server, and against an external one that asks
+// two brokers.
+func eachSite(t *testing.T, test func(*testing.T, site)) {
+	t.Run("embedded", func(t *testing.T) { test(t, natstest.Start(t)) })
+	t.Run("external", func(t *testing.T) { test(t, startExternal(t)) })
+}
+
+// external is a nats-server in a process of its own.
+type external struct {
+	t      *testing.T
+	cfg    bus.Config
+	agents *natstest.Agents
+}
+
+func startExternal(t *testing.T) *external {
+	t.Helper()
+	// A token may hold anything.
+	const token = `the "secret" $HOME \ of # the test`
+	addr, dir := stack.FreeAddr(t), t.TempDir()
+	text, err := access.ServerConfig(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := filepath.Join(dir, "nats.conf")
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	host, port, _ := strings.Cut(addr, ":")
+	p := stack.Run(t, "nats-server", nil, stack.Binary(t, "github.com/nats-io/nats-server/v2"), "-c", config, "-a", host, "-p", port, "-sd", dir)
+	stack.Until(t, patience, "nats-server", func() bool { return strings.Contains(strings.Join(p.Log(), "\n"), "Server is ready") })
+	x := &external{t, bus.Config{URL: "nats://" + addr, Password: token}, natstest.NewAgents()}
+	for range 2 {
+		callout, err := access.NewCallout(x.System(), x.agents, token, natstest.Log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, stop := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() { ended <- callout.Run(ctx) }()
+		t.Cleanup(func() {
+			stop()
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	return x
+}
+
+func (x *external) open(cfg bus.Config) *nats.Conn {
+	x.t.Helper()
+	nc, err := bus.Connect(cfg, natstest.Log)
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	x.t.Cleanup(nc.Close)
+	return nc
+}
+
+func (x *external) Connect(name string) *nats.Conn { return x.open(x.cfg.As(bus.UserAgents, name)) }
+func (x *external) System() *nats.Conn             { return x.open(x.cfg.As(bus.UserSystem, "system")) }
+func (x *external) Agents() *natstest.Agents       { return x.agents }
+
+func (x *external) Queue(perModel int64) (*nats.Conn, *bus.Queue) {
+	x.t.Helper()
+	return natstest.Provision(x.t, x.open(x.cfg.As(bus.UserCore, "queue")), perModel)
+}
+
+func (x *external) AgentConfig(tenant schemas.TenantID, id schemas.AgentID, models ...string) bus.Config {
+	return x.agents.Config(x.cfg, tenant, id, models...)
+}
+
+func (x *external) Agent(tenant schemas.TenantID, id schemas.AgentID, models ...string) *nats.Conn {
+	x.t.Helper()
+	return x.open(x.AgentConfig(tenant, id, models...))
+}

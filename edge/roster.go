@@ -1,0 +1,173 @@
+package edge
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"sync"
+	"time"
+
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// roster keeps the table of agents true to the books: an agent that was paired is in it
+// before its first heartbeat, and one that was removed isn't, whatever is still on its way.
+type roster struct {
+	wake chan struct{} // holds one token: there is something to do
+
+	mu  sync.Mutex
+	all bool // anything may have changed
+	// due are the agents to look up.
+	due map[schemas.AgentID]bool
+	// removed are agents that were removed, until when they are kept out: a heartbeat may
+	// be on its way, or the connection not cut yet.
+	removed map[schemas.AgentID]time.Time
+}
+
+const (
+	// rosterEvery is how often a look at the books that failed is tried again, and removed
+	// agents are thrown out again.
+	rosterEvery = 250 * time.Millisecond
+	rosterWait  = 5 * time.Second
+	// keptOut is how long a removed agent is kept out. Its connection is cut within a
+	// second.
+	keptOut = 30 * time.Second
+)
+
+func newRoster() *roster {
+	return &roster{
+		wake: make(chan struct{}, 1), due: make(map[schemas.AgentID]bool), removed: make(map[schemas.AgentID]time.Time),
+	}
+}
+
+// changed notes a change of the books; see keyring.OnChange.
+func (r *roster) changed(kind books.Kind, id string) {
+	if kind != books.KindAgent && kind != "" {
+		return
+	}
+	r.mu.Lock()
+	if kind == "" {
+		r.all = true
+	} else {
+		r.due[schemas.AgentID(id)] = true
+	}
+	r.mu.Unlock()
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// take returns what is to be looked up.
+func (r *roster) take() (ids []schemas.AgentID, all bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id := range r.due {
+		ids = append(ids, id)
+	}
+	all = r.all
+	r.all = false
+	clear(r.due)
+	return ids, all
+}
+
+// tend works until ctx ends.
+func (r *roster) tend(ctx context.Context, store *books.Store, table *presence.Table) {
+	tick := time.NewTicker(rosterEvery)
+	defer tick.Stop()
+	for {
+		ids, all := r.take()
+		for _, id := range ids {
+			if err := r.look(ctx, store, table, id); err != nil {
+				r.changed(books.KindAgent, string(id))
+			}
+		}
+		if all {
+			if err := r.lookAtAll(ctx, store, table); err != nil {
+				r.changed("", "")
+			}
+		}
+		r.keepOut(table, time.Now())
+		wake := r.wake
+		if len(ids) > 0 || all {
+			wake = nil // what failed is tried again, but not at once
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		case <-wake:
+		}
+	}
+}
+
+// look makes the table true about one agent.
+func (r *roster) look(ctx context.Context, store *books.Store, table *presence.Table, id schemas.AgentID) error {
+	ctx, cancel := context.WithTimeout(ctx, rosterWait)
+	defer cancel()
+	a, err := store.GetAgent(ctx, id)
+	var refused *schemas.Error
+	switch {
+	case errors.As(err, &refused) && refused.Code == schemas.CodeNotFound:
+		r.mu.Lock()
+		r.removed[id] = time.Now().Add(keptOut)
+		r.mu.Unlock()
+	case err != nil:
+		return err
+	default:
+		table.Restore(knownAgent(a))
+	}
+	return nil
+}
+
+// lookAtAll makes the table true about every agent that was made or removed. One that is in
+// the table and not yet in the books stays if it is heard of: it comes back.
+func (r *roster) lookAtAll(ctx context.Context, store *books.Store, table *presence.Table) error {
+	ctx, cancel := context.WithTimeout(ctx, rosterWait)
+	defer cancel()
+	before := table.Agents("")
+	known := make(map[schemas.AgentID]bool)
+	for p := (books.Page{Limit: 1000}); ; {
+		list, next, err := store.ListAgents(ctx, "", p)
+		if err != nil {
+			return err
+		}
+		for _, a := range list {
+			known[a.ID] = true
+			table.Restore(knownAgent(a))
+		}
+		if p.After = next; next == "" {
+			break
+		}
+	}
+	for _, a := range before {
+		if !known[a.Agent] {
+			r.changed(books.KindAgent, string(a.Agent))
+		}
+	}
+	return nil
+}
+
+func knownAgent(a books.Agent) presence.Known {
+	return presence.Known{Tenant: a.Tenant, Agent: a.ID, Name: a.Name, LastSeen: a.LastSeen, Inventory: a.Inventory}
+}
+
+// keepOut throws removed agents out of the table. Whoever waits for one is told first that
+// it is gone.
+func (r *roster) keepOut(table *presence.Table, now time.Time) {
+	r.mu.Lock()
+	maps.DeleteFunc(r.removed, func(_ schemas.AgentID, until time.Time) bool { return now.After(until) })
+	removed := maps.Clone(r.removed)
+	r.mu.Unlock()
+	if len(removed) == 0 {
+		return
+	}
+	for _, a := range table.Agents("") {
+		if _, ok := removed[a.Agent]; ok {
+			table.Lost(a.Tenant, a.Agent, "")
+			table.Forget(a.Tenant, a.Agent)
+		}
+	}
+}
