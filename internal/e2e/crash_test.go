@@ -136,7 +136,7 @@ func (l *ledger) awaitReturn(key schemas.KeyID, since time.Time, slotsWithin, mo
 	}
 }
 
-var lostOwner = regexp.MustCompile(`request has lost its owner.* request=(\S+) tokens=(\d+)`)
+var lostOwner = regexp.MustCompile(`request has lost its owner.* request=(\S+) completion_tokens=(\d+)`)
 
 // reported are the requests that a worker reports because their owner is gone, with the
 // tokens that it counted.
