@@ -41,16 +41,10 @@ func (k *Keyring) suspect(changes books.Changes) {
 	if len(changes.Changes) == 0 && !changes.Reset && !k.suspicious {
 		return
 	}
-	changed := make(map[books.Change]bool, len(changes.Changes))
-	for _, c := range changes.Changes {
-		changed[c] = true
-	}
+	changed := setOf(changes)
 	k.suspicious = false
 	for g, since := range k.guards {
-		if changes.Reset ||
-			changed[books.Change{Kind: books.KindKey, ID: string(g.id.Key)}] ||
-			changed[books.Change{Kind: books.KindUser, ID: string(g.id.User)}] ||
-			changed[books.Change{Kind: books.KindTenant, ID: string(g.id.Tenant)}] {
+		if changes.Reset || changed.touch(&g.id) {
 			since = changes.Version + 1
 			k.guards[g] = since
 		}

@@ -189,10 +189,7 @@ func (k *Keyring) poll(ctx context.Context) error {
 
 // forget throws out what the changes touch.
 func (k *Keyring) forget(changes books.Changes) {
-	changed := make(map[books.Change]bool, len(changes.Changes))
-	for _, c := range changes.Changes {
-		changed[c] = true
-	}
+	changed := setOf(changes)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.version = changes.Version
@@ -208,12 +205,28 @@ func (k *Keyring) forget(changes books.Changes) {
 		}
 	}
 	for hash, id := range k.entries {
-		if changed[books.Change{Kind: books.KindKey, ID: string(id.Key)}] ||
-			changed[books.Change{Kind: books.KindUser, ID: string(id.User)}] ||
-			changed[books.Change{Kind: books.KindTenant, ID: string(id.Tenant)}] {
+		if changed.touch(id) {
 			delete(k.entries, hash)
 		}
 	}
+}
+
+// changeSet is what has changed.
+type changeSet map[books.Change]bool
+
+func setOf(changes books.Changes) changeSet {
+	set := make(changeSet, len(changes.Changes))
+	for _, c := range changes.Changes {
+		set[c] = true
+	}
+	return set
+}
+
+// touch reports whether the identity may be another now: its key, user or tenant changed.
+func (s changeSet) touch(id *books.Identity) bool {
+	return s[books.Change{Kind: books.KindKey, ID: string(id.Key)}] ||
+		s[books.Change{Kind: books.KindUser, ID: string(id.User)}] ||
+		s[books.Change{Kind: books.KindTenant, ID: string(id.Tenant)}]
 }
 
 // Authenticate returns who the key stands for, if it is valid. slug is the tenant that
