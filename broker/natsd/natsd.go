@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -170,9 +171,19 @@ type logger struct {
 
 func (l logger) Noticef(format string, v ...any) { l.log.Debug(fmt.Sprintf(format, v...)) }
 func (l logger) Warnf(format string, v ...any)   { l.log.Warn(fmt.Sprintf(format, v...)) }
-func (l logger) Errorf(format string, v ...any)  { l.log.Error(fmt.Sprintf(format, v...)) }
 func (l logger) Debugf(format string, v ...any)  { l.log.Debug(fmt.Sprintf(format, v...)) }
 func (l logger) Tracef(string, ...any)           {}
+
+// Errorf is for what went wrong in the server. A worker that pulls from a new consumer before
+// its connection is allowed to is no such thing: it is told no, and connects anew.
+func (l logger) Errorf(format string, v ...any) {
+	text := fmt.Sprintf(format, v...)
+	if strings.Contains(text, `Publish Violation - Subject "$JS.API.CONSUMER.MSG.NEXT.`) {
+		l.log.Debug(text)
+		return
+	}
+	l.log.Error(text)
+}
 
 // Fatalf notes what would end a nats-server that runs by itself.
 func (l logger) Fatalf(format string, v ...any) {
