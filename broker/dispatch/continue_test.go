@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -383,10 +384,14 @@ func TestStoppingWorkerHandsOver(t *testing.T) {
 	d = a.pull()
 	d.claim()
 	d.seq++
-	go d.ask(schemas.Frame{Kind: schemas.FrameError, Seq: d.seq, Error: schemas.Errorf(schemas.CodeBackendError, "no")})
+	var complaint sync.WaitGroup
+	complaint.Go(func() {
+		d.ask(schemas.Frame{Kind: schemas.FrameError, Seq: d.seq, Error: schemas.Errorf(schemas.CodeBackendError, "no")})
+	})
 	wantError(t, reply, schemas.CodeBackendError)
 	b.idle()
 	reply.Close()
+	complaint.Wait()
 }
 
 // The text takes room in the job, so that a body that would have fitted is fetched.

@@ -46,6 +46,11 @@ const (
 	deafAfter = time.Second
 	// suspectAfter is a beat and some slack.
 	suspectAfter = 1300 * time.Millisecond
+	// rejoinWait is how much longer than usual an agent may be silent after this process
+	// itself lost the bus, since the agent may have lost it, too: a worker that comes back
+	// to a server before those that let it in have, hangs in its first attempt for the two
+	// seconds of the client library.
+	rejoinWait = 2500 * time.Millisecond
 )
 
 // Ready reports whether the feed has listened for long enough to know who is here:
@@ -90,6 +95,7 @@ func (f *Feed) Run(ctx context.Context) error {
 	started := time.Now()
 	echoed := started // when the last echo that came back was sent
 	hears := true
+	var reconnects uint64
 	suspects := make(map[Suspect]time.Time)
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -111,13 +117,17 @@ func (f *Feed) Run(ctx context.Context) error {
 			if err := f.nc.Publish(echo, []byte(now.Sub(started).String())); err != nil && !bus.Down(err) {
 				f.log.Warn("echo not sent", "error", err)
 			}
+			if n := f.nc.Stats().Reconnects; n != reconnects {
+				// It can be back before a sweep has seen it gone.
+				reconnects, hears = n, false
+			}
 			if !f.nc.IsConnected() || now.Sub(echoed) > deafAfter {
 				hears = false
 				continue
 			}
 			if !hears {
 				hears = true
-				f.table.Excuse(now)
+				f.table.Excuse(now.Add(rejoinWait))
 			}
 			if now.Sub(started) > beat+sweepEvery {
 				f.ready.Store(true)

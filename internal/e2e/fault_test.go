@@ -41,8 +41,14 @@ func jobs(t *testing.T, c *stack.Cluster) uint64 {
 }
 
 // TestNATSRestart kills nats-server while jobs are queued and running. Each runs once,
-// and each client gets its whole reply.
+// and each client gets its whole reply: also when the broker, which lets agents in, is
+// later there again than the agent, whose first attempt to come back then hangs.
 func TestNATSRestart(t *testing.T) {
+	t.Run("all at once", func(t *testing.T) { natsRestart(t, 0) })
+	t.Run("the broker late", func(t *testing.T) { natsRestart(t, 2*time.Second) })
+}
+
+func natsRestart(t *testing.T, late time.Duration) {
 	backend := stack.StartBackend(t, demo.Options{})
 	c := stack.StartCluster(t)
 	c.StartWorker(backend.URL, "--slots", "4")
@@ -59,8 +65,11 @@ func TestNATSRestart(t *testing.T) {
 			s := backend.Stats()
 			return s.Active == 4 && s.Tokens > 20
 		})
+		c.Broker.Signal(syscall.SIGSTOP)
 		c.NATS.Kill()
 		c.StartNATS()
+		time.Sleep(late)
+		c.Broker.Signal(syscall.SIGCONT)
 	})
 	replies := together(streams, func(i int) reply {
 		return client.chat(t.Context(), i%3 != 0, limited(priced(t, tokens, map[string]any{"tokens_per_second": 20}), tokens))
