@@ -129,13 +129,16 @@ type watched struct {
 }
 
 // settleWait is how long a client waits for the end of its reply until the books have
-// what it costs. It may begin the next request at once, and what the last one held has
-// to be free by then, on whichever edge.
+// what it costs, if its key has little left: it may begin the next request at once, and
+// what the last one held has to be free by then, on whichever edge.
 const settleWait = time.Second
 
-// settle ends the request, and waits until the books have it.
+// settle ends the request, and waits until the books have it, if that matters.
 func (w *watched) settle() {
 	w.reply.Close()
+	if !w.reply.Scarce() {
+		return
+	}
 	select {
 	case <-w.reply.Settled():
 		return
