@@ -77,7 +77,7 @@ func startStack(ctx context.Context, binary, dir string, stderr io.Writer) (*sta
 	s := &stack{}
 	err := s.startBackend(ctx, binary, stderr)
 	if err == nil {
-		err = s.startProxy(ctx, stderr)
+		err = s.startProxy(ctx, dir, stderr)
 	}
 	if err == nil {
 		err = s.startBroker(ctx, binary, filepath.Join(dir, "data"), stderr)
@@ -94,13 +94,13 @@ func (s *stack) startBackend(ctx context.Context, binary string, stderr io.Write
 	return err
 }
 
-// startProxy starts this program again, as a proxy.
-func (s *stack) startProxy(ctx context.Context, stderr io.Writer) error {
-	self, err := os.Executable()
+// startProxy starts this program another time, as a proxy.
+func (s *stack) startProxy(ctx context.Context, dir string, stderr io.Writer) error {
+	binary, err := build(ctx, dir, module+"/internal/bench", "build")
 	if err != nil {
 		return err
 	}
-	s.proxy, s.bare.addr, err = startListening(ctx, stderr, self, "-proxy", "http://"+s.direct.addr)
+	s.proxy, s.bare.addr, err = startListening(ctx, stderr, binary, "-proxy", "http://"+s.direct.addr)
 	return err
 }
 
