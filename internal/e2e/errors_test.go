@@ -15,7 +15,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
-	"github.com/ownllm/ownllm/internal/pgtest"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
@@ -78,7 +78,7 @@ func newRefusals(t *testing.T) *refusals {
 	r.hasty = r.StartEdge(append(many, "--first-token-timeout", "500ms", "--idle-timeout", "500ms")...)
 	r.strict = r.StartEdge("--failure-rate", "0.001", "--failure-burst", "1")
 	direct := r.DatabaseURL
-	proxy := pgtest.NewProxy(t, direct)
+	proxy := faultproxy.New(t, direct)
 	r.DatabaseURL = proxy.URL()
 	r.cut = r.StartEdge(many...)
 	r.DatabaseURL = direct

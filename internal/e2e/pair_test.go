@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/ownllm/ownllm/internal/adminapi"
-	"github.com/ownllm/ownllm/internal/pgtest"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
@@ -187,7 +187,7 @@ func TestPairing(t *testing.T) {
 func TestBusCut(t *testing.T) {
 	up := stack.StartUp(t, t.TempDir(), "--backend", "demo")
 	backend := stack.StartBackend(t, demo.Options{Models: []schemas.Model{model("rig-model", nil)}})
-	proxy := pgtest.NewProxy(t, up.NATSURL)
+	proxy := faultproxy.New(t, up.NATSURL)
 	var p adminapi.Pairing
 	out, err := exec.CommandContext(t.Context(), stack.Binary(t, stack.OwnLLM), "agents", "pair", "--tenant", "local", "--data-dir", up.DataDir, "--json").Output()
 	if err == nil {

@@ -15,7 +15,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/internal/adminapi"
-	"github.com/ownllm/ownllm/internal/pgtest"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/secret"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
@@ -104,7 +104,7 @@ func newHousehold(t *testing.T) *household {
 	h.hasty = h.startEdge(h.DatabaseURL, "--first-token-timeout", "1s", "--idle-timeout", "1s", "--total-timeout", "3s")
 	h.strict = h.startEdge(h.DatabaseURL, "--failure-rate", "0.001", "--failure-burst", "1")
 	h.get(h.strict+"/models", "not a key")
-	books := pgtest.NewProxy(t, h.DatabaseURL)
+	books := faultproxy.New(t, h.DatabaseURL)
 	h.cut = h.startEdge(books.URL())
 	books.Cut()
 	h.fillQueue()
