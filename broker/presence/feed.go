@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -32,6 +34,7 @@ type Feed struct {
 	table *Table
 	log   *slog.Logger
 	ready atomic.Bool
+	asked atomic.Uint64 // numbers the questions
 }
 
 // NewFeed returns a feed of the table from the connection.
@@ -71,7 +74,7 @@ func (f *Feed) Run(ctx context.Context) error {
 	defer sub.Unsubscribe()
 	inbox := f.nc.NewInbox()
 	answers := make(chan *nats.Msg, 1024)
-	inboxSub, err := f.nc.ChanSubscribe(inbox+".*.*", answers)
+	inboxSub, err := f.nc.ChanSubscribe(inbox+".*.*.*", answers)
 	if err != nil {
 		return fmt.Errorf("listen to inventories: %w", err)
 	}
@@ -214,9 +217,11 @@ func meaningful(hb *schemas.Heartbeat) bool {
 }
 
 // ask requests the full heartbeat of an agent. The answer comes to the inbox, whose
-// last tokens say whose it is.
+// last tokens say whose it is. The one before them is a number: the bus lets an agent
+// answer once to each subject, and the next question may come before that.
 func (f *Feed) ask(tenant schemas.TenantID, id schemas.AgentID, inbox string) {
 	body := schemas.Control{Operation: schemas.ControlInventory}.Encode()
+	inbox += "." + strconv.FormatUint(f.asked.Add(1), 10)
 	if err := f.nc.PublishRequest(schemas.ControlSubject(id), schemas.AgentInbox(inbox, tenant, id), body); err != nil && !bus.Down(err) {
 		f.log.Warn("agent not asked", "agent", id, "error", err)
 	}
@@ -225,7 +230,8 @@ func (f *Feed) ask(tenant schemas.TenantID, id schemas.AgentID, inbox string) {
 // answered takes in the answer of an agent, or the bus's word that nobody answers
 // for it.
 func (f *Feed) answered(m *nats.Msg, inbox string) {
-	tenant, id, err := schemas.ParseAgentInbox(inbox, m.Subject)
+	number, _, _ := strings.Cut(strings.TrimPrefix(m.Subject, inbox+"."), ".")
+	tenant, id, err := schemas.ParseAgentInbox(inbox+"."+number, m.Subject)
 	if err != nil {
 		f.log.Warn("inventory dropped", "error", err)
 		return

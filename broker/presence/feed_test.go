@@ -419,3 +419,39 @@ func TestFeedDropsNonsense(t *testing.T) {
 		t.Errorf("agents %+v", list)
 	}
 }
+
+// TestFeedAsksTwice: the bus lets an agent answer once to each reply subject, and a second
+// question may come before the first one is answered.
+func TestFeedAsksTwice(t *testing.T) {
+	r := newRig(t)
+	nc := r.bus.Agent(tenant, "a")
+	questions, err := nc.SubscribeSync(schemas.ControlSubject("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	hb := schemas.Heartbeat{Version: schemas.ProtocolVersion, Incarnation: "inc_1", State: schemas.AgentUp, Hash: "h"}
+	var asked []*nats.Msg
+	for range 2 {
+		if err := nc.Publish(schemas.HeartbeatSubject(tenant, "a"), hb.Encode()); err != nil {
+			t.Fatal(err)
+		}
+		m, err := questions.NextMsg(5 * time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		asked = append(asked, m)
+	}
+	hb.Inventory = inventory("m=ready")
+	for _, m := range asked {
+		if err := m.Respond(hb.Encode()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.LastError(); err != nil {
+		t.Errorf("the second answer: %v", err)
+	}
+	until(t, "the inventory is known", 2*time.Second+busy, func() bool { return r.has("m") })
+}
