@@ -34,12 +34,14 @@ type Feed struct {
 	table *Table
 	log   *slog.Logger
 	ready atomic.Bool
-	asked atomic.Uint64 // numbers the questions
+	// learned is closed with the first time that ready is set.
+	learned chan struct{}
+	asked   atomic.Uint64 // numbers the questions
 }
 
 // NewFeed returns a feed of the table from the connection.
 func NewFeed(nc *nats.Conn, table *Table, log *slog.Logger) *Feed {
-	return &Feed{nc: nc, table: table, log: log}
+	return &Feed{nc: nc, table: table, log: log, learned: make(chan struct{})}
 }
 
 const (
@@ -59,6 +61,10 @@ const (
 // Ready reports whether the feed has listened for long enough to know who is here:
 // one beat and some slack, and the bus is connected.
 func (f *Feed) Ready() bool { return f.ready.Load() && f.nc.IsConnected() }
+
+// Learned is closed once the feed has listened for long enough to know who is here. Until
+// then an agent that is here may seem to be away.
+func (f *Feed) Learned() <-chan struct{} { return f.learned }
 
 // Connected reports whether this process itself is on the bus. While it isn't,
 // nothing that the table says about agents means anything.
@@ -133,7 +139,9 @@ func (f *Feed) Run(ctx context.Context) error {
 				f.table.Excuse(now.Add(rejoinWait))
 			}
 			if now.Sub(started) > beat+sweepEvery {
-				f.ready.Store(true)
+				if !f.ready.Swap(true) {
+					close(f.learned)
+				}
 			}
 			f.lookAfter(now, suspects, inbox)
 			f.table.Expire(now)
