@@ -12,6 +12,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/internal/stack"
+	"github.com/ownllm/ownllm/worker/demo"
 )
 
 // balancer sends requests to edges as load balancers do, over connections that it keeps: to
@@ -237,4 +238,31 @@ func TestDrainRunsOut(t *testing.T) {
 		t.Errorf("the ledger has %v", outcomes)
 	}
 	stack.Until(t, 10*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+}
+
+// TestNewEdgeListensFirst: an edge takes requests before it has heard who is there. The first
+// one is answered all the same, instead of being told that the agent is away.
+func TestNewEdgeListensFirst(t *testing.T) {
+	backend := stack.StartBackend(t, demo.Options{})
+	c := stack.StartCluster(t)
+	c.StartWorker(backend.URL).Serving()
+	edge := c.StartEdge()
+	awaitAgents(t, edge, 1)
+	client := newClient(edge.BaseURL, c.Key.Reveal())
+	defer client.close()
+	for range 3 {
+		if err := edge.Stop(); err != nil {
+			t.Error(err)
+		}
+		var first reply
+		var asking sync.WaitGroup
+		asking.Go(func() {
+			for start := time.Now(); first.status == 0 && time.Since(start) < 30*time.Second; time.Sleep(5 * time.Millisecond) {
+				first = client.chat(t.Context(), true, nil)
+			}
+		})
+		edge = c.RestartEdge(edge)
+		asking.Wait()
+		wantWhole(t, first)
+	}
 }
