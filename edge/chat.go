@@ -29,6 +29,9 @@ func (e *Edge) chat(c *fiber.Ctx) error {
 	}
 	// The request may outlive this handler, and Fiber's context with it.
 	ctx = context.WithoutCancel(ctx)
+	if err := e.learn(req); err != nil {
+		return err
+	}
 	reply, rate, err := e.Dispatcher.Start(ctx, req)
 	in.rate = rate
 	if err != nil {
@@ -47,6 +50,31 @@ func (e *Edge) chat(c *fiber.Ctx) error {
 		return w.sendWhole(c)
 	}
 	return w.sendStream(c)
+}
+
+// learnMost bounds how long a request waits for an edge that has just started.
+const learnMost = 3 * time.Second
+
+// learn gives an edge that has just started the time to hear who is there, if it knows of
+// nobody who could run the request yet: from the books it knows that there are agents, and
+// before it says that they are away, it has to have listened. The error says that even then
+// it doesn't know.
+func (e *Edge) learn(req dispatch.Request) error {
+	if e.Feed.Ready() || !e.Feed.Connected() {
+		return nil
+	}
+	if choice, err := e.Agents.Route(req.Tenant, req.Model, nil); err == nil {
+		e.Agents.Release(req.Tenant, choice.Agent, req.Model)
+		return nil
+	}
+	timer := time.NewTimer(learnMost)
+	defer timer.Stop()
+	select {
+	case <-e.Feed.Learned():
+		return nil
+	case <-timer.C:
+		return e.unreachable(req.Tenant, req.Model)
+	}
 }
 
 // admit makes every check of the contract up to the choice of an agent, in its order.

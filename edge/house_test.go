@@ -26,6 +26,7 @@ import (
 	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/broker/registry"
 	"github.com/ownllm/ownllm/edge"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/natstest"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
@@ -55,7 +56,7 @@ type house struct {
 	store *books.Store
 	bus   *natstest.Server
 	// database is the way of the edge to PostgreSQL, which can be cut.
-	database *pgtest.Proxy
+	database *faultproxy.Proxy
 	backend  *demo.Server
 	queue    *bus.Queue
 	edge     *edge.Edge
@@ -92,7 +93,7 @@ func build(t testing.TB, p plan) *house {
 	h := &house{t: t, log: &logBook{}, bus: natstest.Start(t)}
 	log := slog.New(slog.NewTextHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	ctx := t.Context()
-	h.database = pgtest.NewProxy(t, pgtest.New(t))
+	h.database = faultproxy.New(t, pgtest.New(t))
 	var err error
 	must := func() {
 		t.Helper()

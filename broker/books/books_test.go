@@ -13,6 +13,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -423,7 +424,7 @@ func TestEnsureFirst(t *testing.T) {
 }
 
 func TestUnavailable(t *testing.T) {
-	proxy := pgtest.NewProxy(t, pgtest.New(t))
+	proxy := faultproxy.New(t, pgtest.New(t))
 	s := openAt(t, books.Config{URL: proxy.URL(), Timeout: 300 * time.Millisecond, MaxConns: 3})
 	_, user := household(t, s, "acme")
 	calls := map[string]func() error{

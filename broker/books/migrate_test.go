@@ -13,6 +13,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -191,7 +192,7 @@ func TestMigrateNewerSchema(t *testing.T) {
 }
 
 func TestMigrateUnavailable(t *testing.T) {
-	proxy := pgtest.NewProxy(t, pgtest.New(t))
+	proxy := faultproxy.New(t, pgtest.New(t))
 	s := openAt(t, books.Config{URL: proxy.URL()})
 	proxy.Cut()
 	if err := s.Migrate(t.Context()); !errors.Is(err, books.ErrUnavailable) {

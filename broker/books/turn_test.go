@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -430,7 +431,7 @@ func TestPrices(t *testing.T) {
 }
 
 func TestTurnUnavailable(t *testing.T) {
-	proxy := pgtest.NewProxy(t, pgtest.New(t))
+	proxy := faultproxy.New(t, pgtest.New(t))
 	s := openAt(t, books.Config{URL: proxy.URL(), Timeout: time.Second})
 	c := newClient(t, s, limits{concurrency: 1, qps: 10})
 	a := c.ask(1, 1)

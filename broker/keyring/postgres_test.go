@@ -7,6 +7,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -113,7 +114,7 @@ func TestEffectWithinASecond(t *testing.T) {
 // they are back.
 func TestBooksAway(t *testing.T) {
 	address := pgtest.New(t)
-	proxy := pgtest.NewProxy(t, address)
+	proxy := faultproxy.New(t, address)
 	secret := apikey.New()
 	if _, _, _, err := open(t, address).EnsureFirst(t.Context(), secret); err != nil {
 		t.Fatal(err)

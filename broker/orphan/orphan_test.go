@@ -15,6 +15,7 @@ import (
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/orphan"
 	"github.com/ownllm/ownllm/broker/presence"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/natstest"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
@@ -318,7 +319,7 @@ func TestTwoBrokers(t *testing.T) {
 func TestBooksThatAreAway(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t)
-	proxy := pgtest.NewProxy(t, h.url)
+	proxy := faultproxy.New(t, h.url)
 	h.run(proxy.URL())
 	lease := h.owner()
 	ids := h.admit(lease, 2)

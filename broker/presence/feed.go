@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -32,11 +34,14 @@ type Feed struct {
 	table *Table
 	log   *slog.Logger
 	ready atomic.Bool
+	// learned is closed with the first time that ready is set.
+	learned chan struct{}
+	asked   atomic.Uint64 // numbers the questions
 }
 
 // NewFeed returns a feed of the table from the connection.
 func NewFeed(nc *nats.Conn, table *Table, log *slog.Logger) *Feed {
-	return &Feed{nc: nc, table: table, log: log}
+	return &Feed{nc: nc, table: table, log: log, learned: make(chan struct{})}
 }
 
 const (
@@ -57,6 +62,10 @@ const (
 // one beat and some slack, and the bus is connected.
 func (f *Feed) Ready() bool { return f.ready.Load() && f.nc.IsConnected() }
 
+// Learned is closed once the feed has listened for long enough to know who is here. Until
+// then an agent that is here may seem to be away.
+func (f *Feed) Learned() <-chan struct{} { return f.learned }
+
 // Connected reports whether this process itself is on the bus. While it isn't,
 // nothing that the table says about agents means anything.
 func (f *Feed) Connected() bool { return f.nc.IsConnected() }
@@ -71,7 +80,7 @@ func (f *Feed) Run(ctx context.Context) error {
 	defer sub.Unsubscribe()
 	inbox := f.nc.NewInbox()
 	answers := make(chan *nats.Msg, 1024)
-	inboxSub, err := f.nc.ChanSubscribe(inbox+".*.*", answers)
+	inboxSub, err := f.nc.ChanSubscribe(inbox+".*.*.*", answers)
 	if err != nil {
 		return fmt.Errorf("listen to inventories: %w", err)
 	}
@@ -130,7 +139,9 @@ func (f *Feed) Run(ctx context.Context) error {
 				f.table.Excuse(now.Add(rejoinWait))
 			}
 			if now.Sub(started) > beat+sweepEvery {
-				f.ready.Store(true)
+				if !f.ready.Swap(true) {
+					close(f.learned)
+				}
 			}
 			f.lookAfter(now, suspects, inbox)
 			f.table.Expire(now)
@@ -214,9 +225,11 @@ func meaningful(hb *schemas.Heartbeat) bool {
 }
 
 // ask requests the full heartbeat of an agent. The answer comes to the inbox, whose
-// last tokens say whose it is.
+// last tokens say whose it is. The one before them is a number: the bus lets an agent
+// answer once to each subject, and the next question may come before that.
 func (f *Feed) ask(tenant schemas.TenantID, id schemas.AgentID, inbox string) {
 	body := schemas.Control{Operation: schemas.ControlInventory}.Encode()
+	inbox += "." + strconv.FormatUint(f.asked.Add(1), 10)
 	if err := f.nc.PublishRequest(schemas.ControlSubject(id), schemas.AgentInbox(inbox, tenant, id), body); err != nil && !bus.Down(err) {
 		f.log.Warn("agent not asked", "agent", id, "error", err)
 	}
@@ -225,7 +238,8 @@ func (f *Feed) ask(tenant schemas.TenantID, id schemas.AgentID, inbox string) {
 // answered takes in the answer of an agent, or the bus's word that nobody answers
 // for it.
 func (f *Feed) answered(m *nats.Msg, inbox string) {
-	tenant, id, err := schemas.ParseAgentInbox(inbox, m.Subject)
+	number, _, _ := strings.Cut(strings.TrimPrefix(m.Subject, inbox+"."), ".")
+	tenant, id, err := schemas.ParseAgentInbox(inbox+"."+number, m.Subject)
 	if err != nil {
 		f.log.Warn("inventory dropped", "error", err)
 		return

@@ -10,6 +10,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/natstest"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -356,18 +357,26 @@ func TestFeedServerRestart(t *testing.T) {
 func TestFeedBlackHole(t *testing.T) {
 	t.Parallel()
 	server := natstest.Start(t)
-	hole := newHole(t, server)
-	r := startRig(t, server, hole.connect(t))
+	cfg := server.Config("feed")
+	proxy := faultproxy.New(t, cfg.URL)
+	cfg.URL = proxy.URL()
+	// The server tells clients its own address, past the proxy.
+	nc, err := bus.Connect(cfg, natstest.Log, nats.IgnoreDiscoveredServers())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	r := startRig(t, server, nc)
 	beats, silent := r.join("a", "m=ready"), r.join("b", "m=ready")
 	here := func() bool { return !r.isGone(beats.inc) && !r.isGone(silent.inc) }
 	until(t, "feed is ready", 2*time.Second+busy, r.feed.Ready)
 	silent.change(func() { silent.answers = false })
 	last := silent.silence()
 	throughout(t, "nobody is gone yet", time.Until(last.Add(2*time.Second)), here)
-	hole.swallow(true)
+	proxy.Stall()
 	silent.change(func() { silent.answers = true })
 	throughout(t, "no agent is gone while the feed is deaf", StaleAfter+time.Second, here)
-	hole.swallow(false)
+	proxy.Restore()
 	until(t, "feed is back", 10*time.Second, r.feed.Ready)
 	throughout(t, "no agent is gone after that", suspectAfter+time.Second, here)
 	beats.silence()
@@ -409,4 +418,40 @@ func TestFeedDropsNonsense(t *testing.T) {
 	if list := r.table.Agents(""); len(list) != 1 {
 		t.Errorf("agents %+v", list)
 	}
+}
+
+// TestFeedAsksTwice: the bus lets an agent answer once to each reply subject, and a second
+// question may come before the first one is answered.
+func TestFeedAsksTwice(t *testing.T) {
+	r := newRig(t)
+	nc := r.bus.Agent(tenant, "a")
+	questions, err := nc.SubscribeSync(schemas.ControlSubject("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	hb := schemas.Heartbeat{Version: schemas.ProtocolVersion, Incarnation: "inc_1", State: schemas.AgentUp, Hash: "h"}
+	var asked []*nats.Msg
+	for range 2 {
+		if err := nc.Publish(schemas.HeartbeatSubject(tenant, "a"), hb.Encode()); err != nil {
+			t.Fatal(err)
+		}
+		m, err := questions.NextMsg(5 * time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		asked = append(asked, m)
+	}
+	hb.Inventory = inventory("m=ready")
+	for _, m := range asked {
+		if err := m.Respond(hb.Encode()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.LastError(); err != nil {
+		t.Errorf("the second answer: %v", err)
+	}
+	until(t, "the inventory is known", 2*time.Second+busy, func() bool { return r.has("m") })
 }

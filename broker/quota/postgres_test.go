@@ -12,6 +12,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/quota"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -403,7 +404,7 @@ func sweeping(t *testing.T, s *books.Store, lease time.Duration) {
 func TestPostgresAway(t *testing.T) {
 	const lease = time.Second
 	h := newHouse(t, new(int64(1_000_000)), 1000, 1_000_000)
-	proxy := pgtest.NewProxy(t, h.address)
+	proxy := faultproxy.New(t, h.address)
 	g, _ := start(t, h.open(proxy.URL()), quota.Config{Lease: lease, Wait: time.Second})
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()

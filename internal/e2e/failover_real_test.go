@@ -44,14 +44,21 @@ func startRealModel(t *testing.T) *realModel {
 	return m
 }
 
-// awaitAgents waits until the edge knows so many agents that are up and have a model.
-func awaitAgents(t *testing.T, edge *stack.Edge, want int) {
+// adminOf is a client of the admin API of an edge.
+func adminOf(t *testing.T, edge *stack.Edge) *adminapi.Client {
 	t.Helper()
 	api, err := adminapi.NewClient("http://"+edge.Addr+adminapi.Prefix, secret.String(stack.AdminToken))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer api.Close()
+	t.Cleanup(api.Close)
+	return api
+}
+
+// awaitAgents waits until the edge knows so many agents that are up and have a model.
+func awaitAgents(t *testing.T, edge *stack.Edge, want int) {
+	t.Helper()
+	api := adminOf(t, edge)
 	stack.Until(t, 20*time.Second, "the edge to know the agents", func() bool {
 		agents, err := api.Agents(t.Context(), "")
 		up := 0

@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/ownllm/ownllm/broker/books"
-	"github.com/ownllm/ownllm/internal/pgtest"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
@@ -167,11 +167,11 @@ func TestEdgesCutOffFromPostgres(t *testing.T) {
 	c.StartWorker(backend.URL)
 	setPrice(t, c, demo.ModelID, books.MicroCents)
 	direct := c.DatabaseURL
-	faults := []func(*pgtest.Proxy){(*pgtest.Proxy).Cut, (*pgtest.Proxy).Stall}
-	var proxies []*pgtest.Proxy
+	faults := []func(*faultproxy.Proxy){(*faultproxy.Proxy).Cut, (*faultproxy.Proxy).Stall}
+	var proxies []*faultproxy.Proxy
 	var edges []*stack.Edge
 	for range faults {
-		p := pgtest.NewProxy(t, direct)
+		p := faultproxy.New(t, direct)
 		c.DatabaseURL = p.URL()
 		proxies, edges = append(proxies, p), append(edges, c.StartEdge())
 	}

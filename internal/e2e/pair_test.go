@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/ownllm/ownllm/internal/adminapi"
-	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
@@ -180,47 +179,6 @@ func TestPairing(t *testing.T) {
 			t.Error(err)
 		}
 	}
-}
-
-// TestBusCut cuts the way of a worker to the bus, but not to the server: clients are told
-// tunnel_down, until it is back.
-func TestBusCut(t *testing.T) {
-	up := stack.StartUp(t, t.TempDir(), "--backend", "demo")
-	backend := stack.StartBackend(t, demo.Options{Models: []schemas.Model{model("rig-model", nil)}})
-	proxy := pgtest.NewProxy(t, up.NATSURL)
-	var p adminapi.Pairing
-	out, err := exec.CommandContext(t.Context(), stack.Binary(t, stack.OwnLLM), "agents", "pair", "--tenant", "local", "--data-dir", up.DataDir, "--json").Output()
-	if err == nil {
-		err = json.Unmarshal(out, &p)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	proxy.Cut() // the worker starts without a bus, and waits for it
-	stack.Run(t, "worker", []string{"OWNLLM_PAIR=" + p.Secret}, stack.Binary(t, stack.OwnLLM), "worker", "--data-dir", dir,
-		"--server", strings.TrimSuffix(up.AdminURL, adminapi.Prefix), "--nats-url", proxy.URL(), "--backend", backend.URL, "--ops-listen", "127.0.0.1:0")
-	c := newClient(up.BaseURL, up.APIKey)
-	defer c.close()
-	code := func() string {
-		r := c.chat(t.Context(), false, map[string]any{"model": "rig-model"})
-		return r.code()
-	}
-	stack.Until(t, 20*time.Second, "tunnel_down of a worker that was never on the bus", func() bool { return code() == string(schemas.CodeTunnelDown) })
-	proxy.Restore()
-	stack.Until(t, 20*time.Second, "the model to answer", func() bool { return code() == "" })
-	proxy.Cut()
-	cut := time.Now()
-	stack.Until(t, 4*time.Second, "tunnel_down", func() bool { return code() == string(schemas.CodeTunnelDown) })
-	t.Logf("tunnel_down %s after the cut", time.Since(cut))
-	for range 4 {
-		time.Sleep(time.Second) // it stays so
-		if got := code(); got != string(schemas.CodeTunnelDown) {
-			t.Errorf("while the bus is cut: %q", got)
-		}
-	}
-	proxy.Restore()
-	stack.Until(t, 10*time.Second, "the model to answer again", func() bool { return code() == "" })
 }
 
 // exitCode is with what a process ended that couldn't do what it was to do.

@@ -70,42 +70,6 @@ func TestSweep(t *testing.T) {
 	}
 }
 
-func TestProxy(t *testing.T) {
-	p := NewProxy(t, New(t))
-	ping := func(limit time.Duration) error {
-		ctx, cancel := context.WithTimeout(t.Context(), limit)
-		defer cancel()
-		c, err := pgx.Connect(ctx, p.URL())
-		if err != nil {
-			return err
-		}
-		return c.Close(ctx)
-	}
-	if err := ping(timeout); err != nil {
-		t.Fatal(err)
-	}
-	c := connect(t, p.URL())
-	p.Cut()
-	if err := c.Ping(t.Context()); err == nil {
-		t.Error("an open connection survived the cut")
-	}
-	if err := ping(timeout); err == nil {
-		t.Error("connected through a cut")
-	}
-	p.Restore()
-	if err := ping(timeout); err != nil {
-		t.Error(err)
-	}
-	p.Stall()
-	if err := ping(50 * time.Millisecond); err == nil {
-		t.Error("connected through a stall")
-	}
-	p.Restore()
-	if err := ping(timeout); err != nil {
-		t.Error(err)
-	}
-}
-
 func BenchmarkNew(b *testing.B) {
 	New(b)
 	for b.Loop() {

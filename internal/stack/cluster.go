@@ -157,10 +157,24 @@ func (c *Cluster) StartEdge(args ...string) *Edge {
 // StartEdges starts several edges at once.
 func (c *Cluster) StartEdges(n int, args ...string) []*Edge {
 	c.t.Helper()
+	addrs := make([]string, n)
+	for i := range addrs {
+		addrs[i] = FreeAddr(c.t)
+	}
+	return c.startEdges(addrs, args...)
+}
+
+// RestartEdge starts an edge at the address of one that has ended.
+func (c *Cluster) RestartEdge(old *Edge, args ...string) *Edge {
+	c.t.Helper()
+	return c.startEdges([]string{old.Addr}, args...)[0]
+}
+
+func (c *Cluster) startEdges(addrs []string, args ...string) []*Edge {
+	c.t.Helper()
 	var edges []*Edge
 	var starting []launched
-	for range n {
-		addr := FreeAddr(c.t)
+	for _, addr := range addrs {
 		p := c.launch("edge", append([]string{"--listen", addr}, args...)...)
 		starting = append(starting, p)
 		edges = append(edges, &Edge{p.Process, addr, "http://" + addr + "/v1", p.opsURL})

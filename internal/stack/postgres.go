@@ -6,7 +6,7 @@ import (
 	"testing"
 
 	"github.com/ownllm/ownllm/broker/books"
-	"github.com/ownllm/ownllm/internal/pgtest"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/postgres"
 )
 
@@ -16,7 +16,7 @@ type Postgres struct {
 	t       testing.TB
 	cfg     postgres.Config
 	server  *postgres.Server // nil: it is stopped
-	proxy   *pgtest.Proxy
+	proxy   *faultproxy.Proxy
 	Address string // of a migrated database
 }
 
@@ -53,7 +53,7 @@ func (p *Postgres) Start() {
 	}
 	// It listens on another port each time.
 	if p.proxy == nil {
-		p.proxy = pgtest.NewProxy(p.t, p.server.URL())
+		p.proxy = faultproxy.New(p.t, p.server.URL())
 		p.Address = p.proxy.URL()
 		return
 	}

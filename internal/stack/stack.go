@@ -7,7 +7,6 @@ package stack
 
 import (
 	"bufio"
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -25,7 +24,6 @@ import (
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/internal/adminapi"
-	"github.com/ownllm/ownllm/worker/demo"
 )
 
 // startWait bounds how long a process may take to be ready, and stopWait how long to
@@ -274,33 +272,6 @@ func lift(t testing.TB, store *books.Store, secret apikey.Key) (books.Tenant, bo
 		t.Fatal(err)
 	}
 	return tenant, user, key
-}
-
-// Backend is a demo backend in the test's own process, so that the test can set its
-// faults and read its statistics.
-type Backend struct {
-	*demo.Server
-	URL string
-}
-
-// StartBackend serves a demo backend.
-func StartBackend(t testing.TB, o demo.Options) *Backend {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := demo.New(o)
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(ctx, l) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("demo backend: %v", err)
-		}
-	})
-	return &Backend{server, "http://" + l.Addr().String()}
 }
 
 // FreeAddr is an address on which nobody listened a moment ago.

@@ -20,6 +20,7 @@
 //	GET  /demo/faults          the faults that are set
 //	PUT  /demo/faults          sets the faults of all models, or of one: ?model=ID
 //	POST /demo/unload          makes all models cold, or one: ?model=ID
+//	POST /demo/remove          takes all models away, or one: ?model=ID, as if deleted
 //	POST /demo/reset           everything as it was at the start
 //
 // A request sets its own faults with an object "demo" in its body. It counts over
@@ -100,6 +101,7 @@ type model struct {
 	state     schemas.ModelState // ready, cold or failed
 	loadedAt  time.Time          // when the load that runs will be done
 	isLoading bool
+	removed   bool // what runs ends as it would have, and nothing new begins
 }
 
 // setting is a set of faults that was set, and how many requests it is still for.
@@ -135,6 +137,7 @@ func New(o Options) *Server {
 	s.mux.HandleFunc("GET /demo/faults", s.serveFaults)
 	s.mux.HandleFunc("PUT /demo/faults", s.serveSetFaults)
 	s.mux.HandleFunc("POST /demo/unload", s.serveUnload)
+	s.mux.HandleFunc("POST /demo/remove", s.serveRemove)
 	s.mux.HandleFunc("POST /demo/reset", func(w http.ResponseWriter, _ *http.Request) {
 		s.Reset()
 		writeJSON(w, 200, s.Stats())
@@ -244,6 +247,19 @@ func (s *Server) unloadLocked(id string) {
 	}
 }
 
+// Remove takes one model away, or all if the id is empty, until Reset. What runs goes on.
+func (s *Server) Remove(id string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if id != "" && s.models[id] == nil {
+		return fmt.Errorf("remove model %q: no such model", id)
+	}
+	for _, m := range s.models {
+		m.removed = m.removed || id == "" || m.info.ID == id
+	}
+	return nil
+}
+
 // settleLocked ends a load whose time is up. A load goes on without the request that
 // began it, and needs no goroutine: its end is an instant known beforehand.
 func (m *model) settleLocked(now time.Time) {
@@ -257,7 +273,7 @@ func (s *Server) use(id string) (info *schemas.Model, f Faults, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	m, ok := s.models[id]
-	if !ok {
+	if !ok || m.removed {
 		return nil, Faults{}, false
 	}
 	set := s.settingLocked(m)
@@ -310,7 +326,7 @@ func (s *Server) snapshot(id string) (m schemas.Model, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	found, ok := s.models[id]
-	if !ok {
+	if !ok || found.removed {
 		return m, false
 	}
 	now := time.Now()
@@ -394,6 +410,14 @@ func (s *Server) serveSetFaults(w http.ResponseWriter, r *http.Request) {
 
 func (s *Server) serveUnload(w http.ResponseWriter, r *http.Request) {
 	if err := s.Unload(r.URL.Query().Get("model")); err != nil {
+		writeError(w, 404, err.Error())
+		return
+	}
+	s.serveModels(w, r)
+}
+
+func (s *Server) serveRemove(w http.ResponseWriter, r *http.Request) {
+	if err := s.Remove(r.URL.Query().Get("model")); err != nil {
 		writeError(w, 404, err.Error())
 		return
 	}

@@ -153,6 +153,16 @@ func TestSetFaults(t *testing.T) {
 	if status, _ := do(t, "POST", url+"/demo/unload?model=none", ""); status != 404 {
 		t.Errorf("unload of no model: %d", status)
 	}
+	if status, _ := do(t, "POST", url+"/demo/remove?model=none", ""); status != 404 {
+		t.Errorf("removal of no model: %d", status)
+	}
+	_, body = do(t, "POST", url+"/demo/remove?model=other", "")
+	check(gjson.Get(body, "data.#.id").Raw, `["demo"]`)
+	check(content("other", ""), "404")
+	do(t, "POST", url+"/demo/reset", "")
+	if s := content("other", ""); s == "404" {
+		t.Error("a removal outlives a reset")
+	}
 }
 
 func TestClientGone(t *testing.T) {

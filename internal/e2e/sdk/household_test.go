@@ -15,7 +15,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/internal/adminapi"
-	"github.com/ownllm/ownllm/internal/pgtest"
+	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/secret"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
@@ -34,6 +34,7 @@ const (
 	busyModel   = "demo-busy"        // whose queue is full
 	pricedModel = "demo-priced"      // costs something
 	awayModel   = "demo-away"        // of an agent that has left
+	mutedModel  = "demo-muted"       // of an agent that has lost its bus
 	missing     = "demo-never-heard-of"
 	window      = 64
 	queueBound  = 8
@@ -101,10 +102,11 @@ func newHousehold(t *testing.T) *household {
 	h.tenantURL = strings.Replace(h.BaseURL, "127.0.0.1", "127.0.0.2", 1)
 	h.newTenant(h.tenant)
 	h.visit()
+	h.mute()
 	h.hasty = h.startEdge(h.DatabaseURL, "--first-token-timeout", "1s", "--idle-timeout", "1s", "--total-timeout", "3s")
 	h.strict = h.startEdge(h.DatabaseURL, "--failure-rate", "0.001", "--failure-burst", "1")
 	h.get(h.strict+"/models", "not a key")
-	books := pgtest.NewProxy(t, h.DatabaseURL)
+	books := faultproxy.New(t, h.DatabaseURL)
 	h.cut = h.startEdge(books.URL())
 	books.Cut()
 	h.fillQueue()
@@ -260,6 +262,18 @@ func (h *household) visit() {
 		h.t.Errorf("the visiting worker ended with %v", err)
 	}
 	stack.Until(h.t, wait, "the visiting worker to be gone", state(adminapi.AgentOffline))
+}
+
+// mute starts a worker of the first tenant that has no way to the bus, and waits until it
+// has told by HTTP what it has.
+func (h *household) mute() {
+	h.t.Helper()
+	bus := faultproxy.New(h.t, h.NATSURL)
+	bus.Cut()
+	h.startWorker("local", "--nats-url", bus.URL(), "--model", demo.ModelID+"="+mutedModel)
+	stack.Until(h.t, wait, "the worker without a bus", func() bool {
+		return h.get(h.BaseURL+"/models/"+mutedModel, h.APIKey) == http.StatusOK
+	})
 }
 
 // startWorker starts a worker of a tenant, as a machine that is paired with it.

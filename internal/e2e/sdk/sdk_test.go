@@ -14,7 +14,7 @@ import (
 	"github.com/ownllm/ownllm/internal/stack"
 )
 
-// TestSDKs runs all checks, with every error that something sends.
+// TestSDKs runs all checks, with every error of the contract.
 func TestSDKs(t *testing.T) {
 	needScripts(t)
 	if to := targetFromEnv(t); to.BaseURL != "" {

@@ -1,4 +1,8 @@
-package pgtest
+// Package faultproxy is a TCP proxy that fails as a test wants it to: it stands between a
+// client and PostgreSQL, or a worker and the bus, and cuts the line or lets it go dead.
+//
+// It is for tests only.
+package faultproxy
 
 import (
 	"context"
@@ -24,8 +28,9 @@ type Proxy struct {
 	running sync.WaitGroup
 }
 
-// NewProxy returns a proxy to the server at the address. It ends with the test.
-func NewProxy(t testing.TB, address string) *Proxy {
+// New returns a proxy to the server at the address, a URL whose host and port count. It
+// ends with the test.
+func New(t testing.TB, address string) *Proxy {
 	t.Helper()
 	u, err := url.Parse(address)
 	if err != nil {
@@ -81,7 +86,8 @@ func (p *Proxy) Cut() {
 	}
 }
 
-// Stall keeps connections open, takes new ones, and passes nothing on.
+// Stall keeps connections open, takes new ones, and passes nothing on, as a network that
+// swallows every packet does. What it has taken comes late, after Restore.
 func (p *Proxy) Stall() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
