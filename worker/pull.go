@@ -27,23 +27,24 @@ const (
 	renewPause = 2 * time.Second
 	renewHold  = 30 * time.Second
 	renewLook  = 100 * time.Millisecond
+	// renewMany renewals, none of which has lasted for renewOften, are no accident.
+	renewMany  = 5
+	renewOften = 10 * time.Second
 )
 
-// busError takes in what goes wrong with the connection by itself.
-func (w *Worker) busError(_ *nats.Conn, sub *nats.Subscription, err error) {
-	if errors.Is(err, nats.ErrPermissionViolation) {
-		select {
-		case w.refused <- time.Now():
-		default:
-		}
-		w.log.Info("the bus doesn't know yet what this worker may do", "error", err)
-		return
+// forbidden takes in that the bus doesn't let the worker do something, and reports whether
+// that is what the error says. After a hello with a model that was never offered before it
+// is what has to come, once.
+func (w *Worker) forbidden(err error) bool {
+	if !errors.Is(err, nats.ErrPermissionViolation) {
+		return false
 	}
-	subject := ""
-	if sub != nil {
-		subject = sub.Subject
+	select {
+	case w.refused <- time.Now():
+	default:
 	}
-	w.log.Warn("bus error", "subject", subject, "error", err)
+	w.log.Debug("the bus doesn't know yet what this worker may do", "error", err)
+	return true
 }
 
 // introduceAndPull says hello whenever that is due, and pulls from the consumers that
@@ -66,6 +67,7 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 	<-renew.C
 	defer renew.Stop()
 	var refused, renewed time.Time
+	renewals := 0 // in a row
 	for {
 		select {
 		case <-ctx.Done():
@@ -84,7 +86,15 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 				renew.Reset(renewLook)
 				continue
 			}
+			if now.Sub(renewed) < renewOften {
+				renewals++
+			} else {
+				renewals = 0
+			}
 			refused, renewed = time.Time{}, now
+			if renewals == renewMany {
+				w.log.Warn("the bus still doesn't let this worker do what the broker told it to; the connection is renewed again and again")
+			}
 			if err := w.tokens.ForceReconnect(); err != nil {
 				w.log.Warn("connection not renewed", "error", err)
 			}

@@ -89,22 +89,8 @@ func Connect(cfg Config, log *slog.Logger, options ...nats.Option) (*nats.Conn, 
 		nats.ReconnectBufSize(-1),
 		nats.PingInterval(pingInterval),
 		nats.MaxPingsOutstanding(maxPingsOut),
-		nats.DisconnectErrHandler(func(nc *nats.Conn, err error) {
-			if !nc.IsClosed() {
-				log.Warn("bus connection lost", "error", err)
-			}
-		}),
-		nats.ReconnectHandler(func(nc *nats.Conn) {
-			log.Info("bus connection is back", "server", nc.ConnectedUrlRedacted())
-		}),
-		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) {
-			subject := ""
-			if sub != nil {
-				subject = sub.Subject
-			}
-			log.Error("bus error", "subject", subject, "error", err)
-		}),
 	}
+	opts = append(opts, (&link{log: log}).options()...)
 	if cfg.Patient {
 		opts = append(opts, nats.RetryOnFailedConnect(true))
 	}
