@@ -116,6 +116,27 @@ func Connect(cfg Config, log *slog.Logger, options ...nats.Option) (*nats.Conn, 
 	return nc, nil
 }
 
+// Await waits until the connection is there, for wait at the most, and reports whether it is.
+func Await(ctx context.Context, nc *nats.Conn, wait time.Duration) bool {
+	if nc.IsConnected() {
+		return true
+	}
+	status := nc.StatusChanged(nats.CONNECTED)
+	defer nc.RemoveStatusListener(status)
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	for !nc.IsConnected() { // it may have come back before anybody listened
+		select {
+		case <-status:
+		case <-timer.C:
+			return false
+		case <-ctx.Done():
+			return false
+		}
+	}
+	return true
+}
+
 // ErrUnavailable says that NATS can't be reached.
 var ErrUnavailable = errors.New("message bus unavailable")
 
