@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -367,5 +368,69 @@ func TestRemovedWhileNoBrokerRuns(t *testing.T) {
 	stack.Until(t, 10*time.Second, "the agent to be refused", func() bool { return logged(removed.Process, "the bus refuses this connection") })
 	if logged(bystander.Process, "bus connection lost") {
 		t.Error("another agent was cut off")
+	}
+}
+
+// TestSeveralAgents: an agent whose backend fails gets no work within five seconds, and gets
+// some again when it is back; an edge that starts while all agents are away knows their models.
+func TestSeveralAgents(t *testing.T) {
+	t.Parallel()
+	sound := stack.StartBackend(t, demo.Options{})
+	inner := demo.New(demo.Options{})
+	var down atomic.Bool
+	ill := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if down.Load() {
+			panic(http.ErrAbortHandler)
+		}
+		inner.ServeHTTP(w, r)
+	}))
+	t.Cleanup(ill.Close)
+	c := stack.StartCluster(t)
+	workers := []*stack.Worker{c.StartWorker(sound.URL).Serving(), c.StartWorker(ill.URL).Serving()}
+	edge := c.StartEdge()
+	// Both have work to do.
+	ask := func(n int) (failed int) {
+		client := newClient(edge.BaseURL, c.Key.Reveal())
+		defer client.close()
+		for _, r := range together(n, func(i int) reply {
+			return client.chat(t.Context(), i%2 == 0, map[string]any{"demo": map[string]any{"tokens": 5, "tokens_per_second": 50}})
+		}) {
+			if r.status != http.StatusOK || !r.done {
+				failed++
+			}
+		}
+		return failed
+	}
+	shared := func() bool {
+		before := inner.Stats().Started
+		return ask(8) == 0 && inner.Stats().Started > before
+	}
+	stack.Until(t, 20*time.Second, "both agents to work", shared)
+	down.Store(true)
+	since := time.Now()
+	stack.Until(t, 5*time.Second, "the agent to get no work", func() bool { return ask(8) == 0 })
+	t.Logf("it gets no work %s after its backend failed", time.Since(since))
+	for range 3 {
+		if n := ask(8); n != 0 {
+			t.Errorf("%d requests went to an agent whose backend is down", n)
+		}
+	}
+	down.Store(false)
+	stack.Until(t, 10*time.Second, "both agents to work again", shared)
+
+	for _, w := range workers {
+		if err := w.Stop(); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, e := range []*stack.Edge{edge, c.StartEdge()} {
+		client := newClient(e.BaseURL, c.Key.Reveal())
+		if r := client.chat(t.Context(), true, nil); r.code() != string(schemas.CodeAgentOffline) {
+			t.Errorf("a model whose agents are away: status %d, error %+v", r.status, r.err)
+		}
+		if r := client.chat(t.Context(), true, map[string]any{"model": "nobody-has-it"}); r.code() != string(schemas.CodeModelNotFound) {
+			t.Errorf("a model that nobody has: status %d, error %+v", r.status, r.err)
+		}
+		client.close()
 	}
 }
