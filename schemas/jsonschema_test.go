@@ -56,7 +56,7 @@ var fullError = &Error{Code: CodeModelLoading, Message: "m", Param: "p", RetryAf
 
 var fullModel = Model{
 	ID: "m", Capabilities: Capabilities{true, true, true, true, true}, ContextWindow: 1, SizeMB: 1, RuntimeProfile: "auto", Created: 1,
-	State: ModelLoading, Detail: "d", LoadMS: 1, Backend: "demo", Slots: 1, Continues: true,
+	State: ModelLoading, Detail: "d", LoadMS: 1, LoadPercent: 1, Backend: "demo", Slots: 1, Continues: true,
 }
 
 // clientErrorSchema is the one schema that isn't of a wire type: its bytes are written

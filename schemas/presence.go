@@ -44,6 +44,8 @@ type Model struct {
 	Detail string `json:"detail,omitempty"`
 	// LoadMS is the estimate of what is left of a load, in milliseconds; 0: unknown.
 	LoadMS int64 `json:"load_ms,omitempty"`
+	// LoadPercent is how much of a load is done, if the backend tells; 0: unknown.
+	LoadPercent int `json:"load_percent,omitempty"`
 	// Backend is the kind of server that has it: ollama, vllm, llamacpp, openai, demo.
 	Backend string `json:"backend"`
 	// Slots is how many requests that backend runs at once, over all its models.

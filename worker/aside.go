@@ -5,8 +5,23 @@ import (
 	"errors"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"github.com/ownllm/ownllm/schemas"
 )
+
+// ErrRemoved says that the worker's agent was removed, so that it will never be let in
+// again.
+//
+// The bus alone can't tell: it refuses in the same words whoever it doesn't know and
+// everybody, while nobody can look into the books. So a worker takes it for true only if the
+// server says beside the bus that it doesn't know the credential, each time that it is asked
+// for as long as Config.GiveUp, while the bus refuses, too. A server that doesn't answer, or
+// can't look into the books itself, says nothing; a worker that knows none never gives up.
+var ErrRemoved = errors.New("the server doesn't know this machine any more: its agent was removed")
+
+// DefaultGiveUp is for how long a worker has to be turned away before it believes it.
+const DefaultGiveUp = 30 * time.Second
 
 // Aside tells the broker's side over another way than the bus that this worker lives. Beat
 // returns a *schemas.Error if the worker was turned away.
@@ -35,6 +50,7 @@ func (w *Worker) beatAside(ctx context.Context) error {
 		told  string // the hash of the inventory that was sent in this outage
 		away  bool   // nobody has answered
 		pause time.Time
+		sure  dismissal
 	)
 	for {
 		select {
@@ -47,7 +63,7 @@ func (w *Worker) beatAside(ctx context.Context) error {
 			return nil
 		case now := <-tick.C:
 			if w.tokens.IsConnected() {
-				told, away = "", false
+				told, away, pause, sure = "", false, time.Time{}, dismissal{}
 				continue
 			}
 			if now.Before(pause) {
@@ -62,6 +78,9 @@ func (w *Worker) beatAside(ctx context.Context) error {
 		err := w.cfg.Aside.Beat(bounded, w.heartbeat(w.currentState(), inventory))
 		cancel()
 		var refused *schemas.Error
+		if !errors.As(err, &refused) || refused.Code != schemas.CodeKeyInvalid {
+			sure = dismissal{}
+		}
 		switch {
 		case ctx.Err() != nil:
 		case err == nil:
@@ -69,7 +88,16 @@ func (w *Worker) beatAside(ctx context.Context) error {
 				w.log.Info("no link to the bus, the server is told over HTTP")
 			}
 			told, away = hash, false
-		case errors.As(err, &refused) && refused.Code != schemas.CodeInternalError:
+		case refused != nil && refused.Code == schemas.CodeKeyInvalid:
+			now := time.Now()
+			pause = now.Add(w.cfg.GiveUp / askedAgain)
+			if sure.times == 0 {
+				w.log.Error("the server turns this worker away", "code", refused.Code, "error", refused.Message)
+			}
+			if sure.add(now, errors.Is(w.tokens.LastError(), nats.ErrAuthorization)) >= w.cfg.GiveUp {
+				signal(w.dismissed)
+			}
+		case refused != nil && refused.Code != schemas.CodeInternalError:
 			pause = time.Now().Add(asidePause)
 			w.log.Error("the server turns this worker away", "code", refused.Code, "error", refused.Message)
 		case !away:
@@ -77,4 +105,27 @@ func (w *Worker) beatAside(ctx context.Context) error {
 			w.log.Warn("no link to the bus, and the server can't be told", "error", err)
 		}
 	}
+}
+
+// askedAgain is how often within Config.GiveUp the server is asked again whether it means it.
+const askedAgain = 3
+
+// dismissal is what speaks for it that the agent was removed.
+type dismissal struct {
+	times int       // how often the server has said so without saying anything else
+	since time.Time // when both the server and the bus began to turn the worker away
+}
+
+// add takes in that the server has turned the worker away, and whether the bus does, too,
+// and returns for how long both have.
+func (d *dismissal) add(now time.Time, bus bool) time.Duration {
+	d.times++
+	switch {
+	case !bus:
+		d.since = time.Time{}
+		return 0
+	case d.since.IsZero():
+		d.since = now
+	}
+	return now.Sub(d.since)
 }

@@ -27,23 +27,24 @@ const (
 	renewPause = 2 * time.Second
 	renewHold  = 30 * time.Second
 	renewLook  = 100 * time.Millisecond
+	// renewMany renewals, none of which has lasted for renewOften, are no accident.
+	renewMany  = 5
+	renewOften = 10 * time.Second
 )
 
-// busError takes in what goes wrong with the connection by itself.
-func (w *Worker) busError(_ *nats.Conn, sub *nats.Subscription, err error) {
-	if errors.Is(err, nats.ErrPermissionViolation) {
-		select {
-		case w.refused <- time.Now():
-		default:
-		}
-		w.log.Info("the bus doesn't know yet what this worker may do", "error", err)
-		return
+// forbidden takes in that the bus doesn't let the worker do something, and reports whether
+// that is what the error says. After a hello with a model that was never offered before it
+// is what has to come, once.
+func (w *Worker) forbidden(err error) bool {
+	if !errors.Is(err, nats.ErrPermissionViolation) {
+		return false
 	}
-	subject := ""
-	if sub != nil {
-		subject = sub.Subject
+	select {
+	case w.refused <- time.Now():
+	default:
 	}
-	w.log.Warn("bus error", "subject", subject, "error", err)
+	w.log.Debug("the bus doesn't know yet what this worker may do", "error", err)
+	return true
 }
 
 // introduceAndPull says hello whenever that is due, and pulls from the consumers that
@@ -66,6 +67,7 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 	<-renew.C
 	defer renew.Stop()
 	var refused, renewed time.Time
+	renewals := 0 // in a row
 	for {
 		select {
 		case <-ctx.Done():
@@ -84,7 +86,15 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 				renew.Reset(renewLook)
 				continue
 			}
+			if now.Sub(renewed) < renewOften {
+				renewals++
+			} else {
+				renewals = 0
+			}
 			refused, renewed = time.Time{}, now
+			if renewals == renewMany {
+				w.log.Warn("the bus still doesn't let this worker do what the broker told it to; the connection is renewed again and again")
+			}
 			if err := w.tokens.ForceReconnect(); err != nil {
 				w.log.Warn("connection not renewed", "error", err)
 			}
@@ -169,22 +179,51 @@ const (
 // run pulls until ctx ends. Every pull has a reply subject of its own, so that the
 // status of an old one isn't taken for that of the current one; a job is taken from
 // whichever brings it.
+//
+// A connection that is lost leaves a pull behind that leads nowhere, since the server has
+// forgotten the way of its answers from one account to the other. It has not forgotten the
+// pull, though, and would take it for served by whoever listens to its reply subject, and
+// hand it a job, which would be lost for as long as AckWait. So each connection has an inbox
+// of its own, and that of the last one is left as soon as it is lost. Nor is an inbox left
+// right behind a pull, of which the same would become: so what has happened to the connection
+// is heard before the next pull.
 func (p *puller) run(ctx, life context.Context, jobs *sync.WaitGroup) error {
 	w := p.w
-	inbox := w.tokens.NewInbox()
+	status := w.tokens.StatusChanged(nats.CONNECTED, nats.RECONNECTING)
+	defer w.tokens.RemoveStatusListener(status)
 	delivered := make(chan *nats.Msg, 64)
-	sub, err := w.tokens.ChanSubscribe(inbox+".*", delivered)
-	if err != nil {
-		return fmt.Errorf("listen to consumer %s: %w", p.consumer, err)
+	var inbox string
+	var sub *nats.Subscription
+	leave := func() {
+		if sub != nil {
+			_ = sub.Unsubscribe() // fails only if the connection is closed for good
+			sub = nil
+		}
 	}
-	defer sub.Unsubscribe()
+	defer leave()
 	request := []byte(fmt.Sprintf(`{"batch":1,"expires":%d}`, pullExpiry.Nanoseconds()))
 	subject := "$JS.API.CONSUMER.MSG.NEXT." + p.stream + "." + p.consumer
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	status := w.tokens.StatusChanged(nats.CONNECTED)
-	defer w.tokens.RemoveStatusListener(status)
 	for n := uint64(1); ; n++ {
+		for stale := true; stale; {
+			select {
+			case _, ok := <-status:
+				if !ok { // the connection is closed for good
+					return nil
+				}
+				leave()
+			default:
+				stale = false
+			}
+		}
+		if sub == nil {
+			inbox = w.tokens.NewInbox()
+			var err error
+			if sub, err = w.tokens.ChanSubscribe(inbox+".*", delivered); err != nil {
+				return fmt.Errorf("listen to consumer %s: %w", p.consumer, err)
+			}
+		}
 		reply := inbox + "." + strconv.FormatUint(n, 10)
 		wait := pullExpiry + pullGrace
 		if err := w.tokens.PublishRequest(subject, reply, request); err != nil {
@@ -198,11 +237,14 @@ func (p *puller) run(ctx, life context.Context, jobs *sync.WaitGroup) error {
 				return nil
 			case <-timer.C:
 				break waiting
-			case _, ok := <-status:
+			case is, ok := <-status:
 				if !ok { // the connection is closed for good
 					return nil
 				}
-				break waiting // the bus is back, and has forgotten the pull
+				leave()
+				if is == nats.CONNECTED || w.tokens.IsConnected() {
+					break waiting
+				}
 			case m := <-delivered:
 				switch code := m.Header.Get("Status"); {
 				case code == "" || len(m.Data) > 0:

@@ -148,8 +148,7 @@ func (r *run) warm(ctx context.Context, p *place) error {
 		}
 		return nil
 	case <-timer.C:
-		return schemas.Errorf(schemas.CodeModelLoading, "The model %q is being loaded into memory. Try again in a few seconds.", r.job.ReplyModel).
-			WithRetryAfter(r.w.stock.loadEstimate(r.job.Model))
+		return p.loading(r.job.Model, r.job.ReplyModel)
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}

@@ -2,6 +2,7 @@ package worker
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -217,16 +218,25 @@ func (s *stock) waitLoads(ctx context.Context) error {
 	return nil
 }
 
-// loadEstimate is how long a load is likely to take from here: what the backend
-// says, within the bounds of what a client is told to wait.
-func (s *stock) loadEstimate(model string) time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	estimate := time.Duration(0)
-	for _, m := range s.models.Models {
-		if m.ID == model {
-			estimate = time.Duration(m.LoadMS) * time.Millisecond
-		}
+const (
+	// loadUnknown is what a client is told to wait for a load of which nothing is known, and
+	// loadLeast and loadMost bound what it is told of any other.
+	loadUnknown = 5 * time.Second
+	loadLeast   = 2 * time.Second
+	loadMost    = 10 * time.Second
+)
+
+// loading is the error for a request that doesn't wait any longer for a model: it tells how
+// much of the load is done, as far as the backend does, and when to come back.
+func (p *place) loading(model, asked string) *schemas.Error {
+	wait, percent := p.backend.LoadLeft(model)
+	if wait == 0 {
+		wait = loadUnknown
 	}
-	return min(max(estimate, 2*time.Second), 10*time.Second)
+	done := ""
+	if percent > 0 {
+		done = fmt.Sprintf(" (%d%% done)", percent)
+	}
+	return schemas.Errorf(schemas.CodeModelLoading, "The model %q is being loaded into memory%s. Try again in a few seconds.", asked, done).
+		WithRetryAfter(min(max(wait, loadLeast), loadMost))
 }

@@ -49,6 +49,9 @@ type Config struct {
 	Drain time.Duration
 	// Aside is told of the worker while it has no link to the bus; it may be nil.
 	Aside Aside
+	// GiveUp is for how long the worker has to be turned away before it ends; 0 stands for
+	// DefaultGiveUp.
+	GiveUp time.Duration
 	// Metrics and Tracer record what the worker does; both may be nil.
 	Metrics *metric.Instruments
 	Tracer  *trace.Tracer
@@ -69,6 +72,7 @@ type Worker struct {
 	reconnected chan struct{}  // likewise: the bus is back
 	refused     chan time.Time // likewise: when the bus didn't let the worker do something
 	replaced    chan struct{}  // likewise: a newer run of the agent has taken over
+	dismissed   chan struct{}  // likewise: the agent was removed
 
 	mu    sync.Mutex
 	state schemas.AgentState
@@ -85,11 +89,15 @@ func New(tokens, bulk *nats.Conn, cfg Config, log *slog.Logger) *Worker {
 		introduce:   make(chan struct{}, 1),
 		reconnected: make(chan struct{}, 1),
 		replaced:    make(chan struct{}, 1),
+		dismissed:   make(chan struct{}, 1),
 		refused:     make(chan time.Time, 1),
 		state:       schemas.AgentUp,
 		runs:        make(map[schemas.Nonce]*run),
 		byRun:       make(map[string]*run),
 		past:        past{set: make(map[schemas.Nonce]struct{})},
+	}
+	if w.cfg.GiveUp == 0 {
+		w.cfg.GiveUp = DefaultGiveUp
 	}
 	w.stock = newStock(cfg.Backends, w.log)
 	w.reports = newReports(func(ctx context.Context, u *schemas.UsageReport) error {
@@ -109,8 +117,9 @@ var (
 	errLate      = errors.New("the deadline of the request has passed")
 )
 
-// Run serves until ctx ends or a newer run of the agent takes over, then drains: it takes nothing new, finishes what it
-// runs within cfg.Drain, says goodbye and returns.
+// Run serves until ctx ends or a newer run of the agent takes over, then drains: it takes
+// nothing new, finishes what it runs within cfg.Drain, says goodbye and returns. The error
+// wraps ErrRemoved if the agent is no more.
 func (w *Worker) Run(ctx context.Context) error {
 	// Jobs, and what they need to report, outlive ctx by the drain.
 	life, stop := context.WithCancelCause(context.WithoutCancel(ctx))
@@ -126,14 +135,20 @@ func (w *Worker) Run(ctx context.Context) error {
 		return fmt.Errorf("listen to control: %w", err)
 	}
 	defer control.Unsubscribe()
+	back := w.tokens.ReconnectHandler()
 	w.tokens.SetReconnectHandler(func(nc *nats.Conn) {
-		w.log.Info("bus connection is back", "server", nc.ConnectedUrlRedacted())
+		back(nc)
 		signal(w.introduce)
 		signal(w.reconnected)
 	})
-	defer w.tokens.SetReconnectHandler(nil)
-	w.tokens.SetErrorHandler(w.busError)
-	defer w.tokens.SetErrorHandler(nil)
+	defer w.tokens.SetReconnectHandler(back)
+	failed := w.tokens.ErrorHandler()
+	w.tokens.SetErrorHandler(func(nc *nats.Conn, sub *nats.Subscription, err error) {
+		if !w.forbidden(err) {
+			failed(nc, sub, err)
+		}
+	})
+	defer w.tokens.SetErrorHandler(failed)
 
 	w.stock.refresh(ctx)
 	signal(w.introduce)
@@ -144,12 +159,17 @@ func (w *Worker) Run(ctx context.Context) error {
 	background.Go(func() error { return w.reports.run(bgCtx) })
 	background.Go(func() error { return w.watchStock(bgCtx) })
 	background.Go(func() error { return w.stock.waitLoads(bgCtx) })
-	ctx, end := context.WithCancel(ctx)
-	defer end()
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
 	background.Go(func() error {
 		select {
 		case <-w.replaced:
-			end()
+			end(nil)
+		case <-w.dismissed:
+			end(ErrRemoved)
+			for _, r := range w.list() {
+				r.cancel(errCancelled) // their owners have given them up long ago
+			}
 		case <-bgCtx.Done():
 		}
 		return nil
@@ -161,11 +181,14 @@ func (w *Worker) Run(ctx context.Context) error {
 	w.drain(stop, &jobs)
 	w.say(schemas.AgentBye, nil)
 	err = w.tokens.FlushTimeout(time.Second)
-	if err != nil {
+	if err != nil && w.tokens.IsConnected() {
 		w.log.Warn("goodbye not sent", "error", err)
 	}
 	stop(errDraining)
 	err = errors.Join(pulls, background.Wait())
+	if errors.Is(context.Cause(ctx), ErrRemoved) {
+		err = errors.Join(ErrRemoved, err)
+	}
 	w.reports.flush()
 	w.stock.close()
 	return err

@@ -43,17 +43,7 @@ func Cut(ctx context.Context, nc *nats.Conn, agent schemas.AgentID) error {
 			return fmt.Errorf("cut agent %s: %w", agent, err)
 		}
 		heard = true
-		var answer struct {
-			Server struct {
-				ID string `json:"id"`
-			} `json:"server"`
-			Data struct {
-				Connections []struct {
-					ID   uint64 `json:"cid"`
-					User string `json:"authorized_user"`
-				} `json:"connections"`
-			} `json:"data"`
-		}
+		var answer connections
 		if err := json.Unmarshal(m.Data, &answer); err != nil {
 			return fmt.Errorf("cut agent %s: %w", agent, err)
 		}

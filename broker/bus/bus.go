@@ -89,22 +89,8 @@ func Connect(cfg Config, log *slog.Logger, options ...nats.Option) (*nats.Conn, 
 		nats.ReconnectBufSize(-1),
 		nats.PingInterval(pingInterval),
 		nats.MaxPingsOutstanding(maxPingsOut),
-		nats.DisconnectErrHandler(func(nc *nats.Conn, err error) {
-			if !nc.IsClosed() {
-				log.Warn("bus connection lost", "error", err)
-			}
-		}),
-		nats.ReconnectHandler(func(nc *nats.Conn) {
-			log.Info("bus connection is back", "server", nc.ConnectedUrlRedacted())
-		}),
-		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) {
-			subject := ""
-			if sub != nil {
-				subject = sub.Subject
-			}
-			log.Error("bus error", "subject", subject, "error", err)
-		}),
 	}
+	opts = append(opts, (&link{log: log}).options()...)
 	if cfg.Patient {
 		opts = append(opts, nats.RetryOnFailedConnect(true))
 	}
@@ -128,6 +114,27 @@ func Connect(cfg Config, log *slog.Logger, options ...nats.Option) (*nats.Conn, 
 		return nil, fmt.Errorf("%w: connect to NATS at %s: %w", ErrUnavailable, redact(cfg.URL), err)
 	}
 	return nc, nil
+}
+
+// Await waits until the connection is there, for wait at the most, and reports whether it is.
+func Await(ctx context.Context, nc *nats.Conn, wait time.Duration) bool {
+	if nc.IsConnected() {
+		return true
+	}
+	status := nc.StatusChanged(nats.CONNECTED)
+	defer nc.RemoveStatusListener(status)
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	for !nc.IsConnected() { // it may have come back before anybody listened
+		select {
+		case <-status:
+		case <-timer.C:
+			return false
+		case <-ctx.Done():
+			return false
+		}
+	}
+	return true
 }
 
 // ErrUnavailable says that NATS can't be reached.

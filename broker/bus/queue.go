@@ -83,9 +83,18 @@ const publishTries = 2
 // publishWait bounds one try.
 const publishWait = 2 * time.Second
 
+// ReturnWait is how long whoever needs the bus waits for a connection that was lost. After a
+// restart of the bus the connections of a process come back up to 0.2 s apart, so that one
+// of them can be there and another not yet.
+const ReturnWait = time.Second
+
+// returnLook is how often a JetStream that isn't there yet is asked again within that.
+const returnLook = 20 * time.Millisecond
+
 // Publish puts a job into the queue of its (agent, model) and returns its sequence
-// number. It returns ErrQueueFull, or an error for which Down is true if nobody
-// knows whether the job was stored.
+// number. If the queue isn't there, it is waited for as long as ReturnWait. It returns
+// ErrQueueFull, or an error for which Down is true if nobody knows whether the job was
+// stored.
 func (q *Queue) Publish(ctx context.Context, agent schemas.AgentID, job *schemas.Job, body string, header nats.Header) (uint64, error) {
 	payload, err := job.Encode(body)
 	if err != nil {
@@ -97,10 +106,15 @@ func (q *Queue) Publish(ctx context.Context, agent schemas.AgentID, job *schemas
 		header[schemas.HeaderTTL] = []string{strconv.Itoa(int(left/time.Second) + 2)}
 	}
 	msg := &nats.Msg{Subject: schemas.JobSubject(job.Tenant, agent, job.Model), Header: header, Data: payload}
+	var absent time.Time // since when nobody has taken it
 	for try := 1; ; try++ {
 		tryCtx, cancel := context.WithTimeout(ctx, publishWait)
 		ack, err := q.js.PublishMsg(tryCtx, msg, jetstream.WithRetryAttempts(0))
 		cancel()
+		if unsent(err) && q.returns(ctx, &absent) {
+			try--
+			continue
+		}
 		switch {
 		case err == nil && ack.Duplicate && try == 1:
 			return 0, fmt.Errorf("publish job %s: its id %s was taken", job.Request, job.MsgID())
@@ -111,6 +125,32 @@ func (q *Queue) Publish(ctx context.Context, agent schemas.AgentID, job *schemas
 		case try == publishTries || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded):
 			return 0, fmt.Errorf("publish job %s: %w", job.Request, err)
 		}
+	}
+}
+
+// unsent reports whether err says that the message has reached nobody.
+func unsent(err error) bool {
+	return errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrConnectionReconnecting) ||
+		errors.Is(err, jetstream.ErrNoStreamResponse) || errors.Is(err, nats.ErrNoResponders)
+}
+
+// returns waits a moment for a queue that isn't there, and reports whether to try again.
+// absent is when it was first missed; zero: it wasn't.
+func (q *Queue) returns(ctx context.Context, absent *time.Time) bool {
+	if absent.IsZero() {
+		*absent = time.Now()
+	}
+	left := ReturnWait - time.Since(*absent)
+	if left <= 0 || !Await(ctx, q.nc, left) {
+		return false
+	}
+	timer := time.NewTimer(returnLook)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
 	}
 }
 

@@ -318,7 +318,7 @@ func (d *Dispatcher) Start(ctx context.Context, req Request) (*Reply, quota.Rate
 // exclude. An agent whose queue is full is passed over for another.
 func (r *Reply) attempt(exclude map[schemas.AgentID]bool) error {
 	d := r.d
-	if !d.feed.Connected() {
+	if !d.feed.Await(r.ctx, bus.ReturnWait) {
 		return errBusDown()
 	}
 	var full *schemas.Error

@@ -70,6 +70,10 @@ func (f *Feed) Learned() <-chan struct{} { return f.learned }
 // nothing that the table says about agents means anything.
 func (f *Feed) Connected() bool { return f.nc.IsConnected() }
 
+// Await waits until this process is on the bus, for wait at the most, and reports whether it
+// is.
+func (f *Feed) Await(ctx context.Context, wait time.Duration) bool { return bus.Await(ctx, f.nc, wait) }
+
 // Run listens until ctx ends.
 func (f *Feed) Run(ctx context.Context) error {
 	beats := make(chan *nats.Msg, 4096)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/access"
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -24,8 +25,10 @@ const (
 	removalParallel = 16
 )
 
-// cutRemoved closes the connections of agents that are removed, until ctx ends. system is
-// a connection of bus.UserSystem.
+// cutRemoved closes the connections of agents that are removed, until ctx ends. At first, and
+// whenever the list of changes doesn't reach back far enough, it looks at all agents that are
+// connected: one may have been removed while no broker ran. system is a connection of
+// bus.UserSystem.
 func cutRemoved(ctx context.Context, store *books.Store, system *nats.Conn, log *slog.Logger) error {
 	var cuts errgroup.Group
 	cuts.SetLimit(removalParallel)
@@ -35,6 +38,19 @@ func cutRemoved(ctx context.Context, store *books.Store, system *nats.Conn, log 
 	since := int64(-1)
 	for {
 		changes, err := store.Changes(ctx, since)
+		if err == nil && changes.Reset {
+			var connected []schemas.AgentID
+			connected, err = access.Connected(ctx, system)
+			for _, agent := range connected {
+				cuts.Go(func() error {
+					cutIfRemoved(ctx, store, system, agent, log)
+					return nil
+				})
+			}
+			if err != nil && !bus.Down(err) && ctx.Err() == nil {
+				log.WarnContext(ctx, "connected agents not compared with the books", "error", err)
+			}
+		}
 		if err == nil {
 			since = changes.Version
 		} // else others complain, and nothing is missed

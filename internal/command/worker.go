@@ -9,6 +9,7 @@ import (
 	"net"
 
 	"github.com/ownllm/ownllm/internal/secret"
+	"github.com/ownllm/ownllm/worker"
 	"github.com/ownllm/ownllm/worker/backend"
 	"github.com/ownllm/ownllm/worker/demo"
 )
@@ -30,7 +31,8 @@ func (workerCommand) Help() string {
 local ports are probed; if nothing answers there, the demo model serves.
 
 The first run needs a pairing key, which an admin makes by ownllm agents pair. What it gets
-for that is kept in the data directory, and does for every later run.
+for that is kept in the data directory, and does for every later run. If the agent is removed,
+the worker ends with exit code 2, and has to be paired again.
 
 Examples:
 
@@ -93,7 +95,11 @@ func (c *workerCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	log.Info("worker is up", "agent", own.Agent, "operations", ops.Addr().String())
-	return runParts(ctx, append(parts, opsPart(ops, tel, nil), part{"worker", w.Run})...)
+	err = runParts(ctx, append(parts, opsPart(ops, tel, nil), part{"worker", w.Run})...)
+	if errors.Is(err, worker.ErrRemoved) {
+		return usageError{fmt.Errorf("%w. Make a pairing key with `ownllm agents pair`, and start the worker with it once", worker.ErrRemoved)}
+	}
+	return err
 }
 
 // demoName is the backend that stands for the built-in demo model.

@@ -160,6 +160,15 @@ func TestPairing(t *testing.T) {
 		t.Error("the same agent")
 	}
 
+	// The removed worker sees that, and ends so that no service manager starts it again.
+	stack.Until(t, 60*time.Second, "the removed worker to end", func() bool { return !last.Alive() })
+	if exitCode(last) != 2 || !logged(last, "ownllm agents pair") {
+		t.Errorf("the removed worker ended with %v", last.Err())
+	}
+	if n := strings.Count(strings.Join(last.Log(), "\n"), "\n"); n > 20 {
+		t.Errorf("the removed worker printed %d lines", n)
+	}
+
 	for _, secret := range append(keys, id.Credential, identity(dirs[won]).Credential) {
 		for _, p := range []*stack.Process{up.Process, winner, loser, last, anew} {
 			if strings.Contains(strings.Join(p.Log(), "\n"), secret) {

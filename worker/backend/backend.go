@@ -119,7 +119,12 @@ type Backend struct {
 type known struct {
 	created int64
 	window  int
+	size    int64         // bytes
 	loaded  time.Duration // how long the last load took
+	loading time.Time     // since when the server loads it by itself; zero: it doesn't
+	begun   bool          // the beginning of that was seen
+	told    time.Duration // what the server itself says is left of a load, and when it did
+	toldAt  time.Time
 	state   schemas.ModelState
 }
 

@@ -24,21 +24,16 @@ type listed struct {
 // load is a load that is under way, or that failed lately.
 type load struct {
 	began time.Time
+	part  float64 // how much of it is done, 0 to 1, as far as the server tells
 	done  chan struct{}
 	// err is the failure, and ended when it came; set before done is closed.
 	err   error
 	ended time.Time
 }
 
-const (
-	// failureMemory is how long a failed load marks its model as failed; then it is
-	// cold again, and the next request may try.
-	failureMemory = 30 * time.Second
-	// loadRate is the rate in bytes per second at which a model that was never loaded
-	// is taken to load, after loadStart.
-	loadRate  = 500e6
-	loadStart = 2 * time.Second
-)
+// failureMemory is how long a failed load marks its model as failed; then it is
+// cold again, and the next request may try.
+const failureMemory = 30 * time.Second
 
 // offer turns what a server listed into the inventory: under the ids that clients
 // use, with what the operator stated and what is remembered.
@@ -89,32 +84,6 @@ func (b *Backend) offer(found []listed) []schemas.Model {
 	return slices.Clone(models)
 }
 
-// weighLoad lets the state of a model follow the load that this worker started.
-func (b *Backend) weighLoad(m *schemas.Model, l listed, k *known) {
-	estimate := k.loaded
-	if estimate == 0 && l.size > 0 {
-		estimate = loadStart + time.Duration(float64(l.size)/loadRate*float64(time.Second))
-	}
-	running := b.loads[l.id]
-	if running != nil && !running.ended.IsZero() {
-		if m.State == schemas.ModelCold && running.err != nil && time.Since(running.ended) < failureMemory {
-			m.State, m.Detail = schemas.ModelFailed, schemas.AsError(running.err).Message
-			return
-		}
-		running = nil
-	}
-	if running != nil && m.State != schemas.ModelFailed {
-		m.State = schemas.ModelLoading
-		if estimate > 0 {
-			estimate = max(estimate-time.Since(running.began), time.Second)
-		}
-	}
-	if m.LoadMS == 0 && (m.State == schemas.ModelLoading || m.State == schemas.ModelCold) {
-		// Whole seconds, so that the inventory doesn't change more often than it must.
-		m.LoadMS = int64((estimate + time.Second - 1) / time.Second * 1000)
-	}
-}
-
 // stated adds what the operator stated to what the server told.
 func (b *Backend) stated(c schemas.Capabilities, id, public string) schemas.Capabilities {
 	list := b.config.Capabilities[public]
@@ -152,7 +121,8 @@ func (b *Backend) lost(err error) []schemas.Model {
 	models := slices.Clone(b.models)
 	detail := b.reason(err)
 	for i := range models {
-		models[i].State, models[i].Detail, models[i].LoadMS = schemas.ModelFailed, detail, 0
+		models[i].State, models[i].Detail = schemas.ModelFailed, detail
+		models[i].LoadMS, models[i].LoadPercent = 0, 0
 	}
 	// Whatever comes back may be another build with other settings.
 	b.tools, b.noInputTokens = nil, false

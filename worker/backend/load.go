@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/ownllm/ownllm/schemas"
@@ -95,6 +96,11 @@ func (b *Backend) load(ctx context.Context, id string) error {
 		return b.ollamaLoad(ctx, id)
 	case b.kind == LlamaCPP:
 		var reply rawJSON
+		following, stop := context.WithCancel(ctx)
+		var follower sync.WaitGroup
+		defer follower.Wait()
+		defer stop()
+		follower.Go(func() { b.watch(following, id) })
 		err := b.post(ctx, "/models/load", map[string]string{"model": id}, &reply)
 		c := complaintOf(err)
 		switch {

@@ -1,0 +1,4 @@
+package access
+
+// ConnectedByPages is Connected with a page of any size.
+var ConnectedByPages = connected
