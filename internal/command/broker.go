@@ -135,7 +135,7 @@ func newBackOffice(ctx context.Context, natsConfig bus.Config, o QueueOptions, s
 		b.parts = append(b.parts, part{"presence", feed.Run}, part{"connections", watchConnections(feed, system)})
 	}
 	b.parts = append(b.parts,
-		part{"removals", func(ctx context.Context) error { return cutRemoved(ctx, store, system, log) }},
+		part{"removals", (&removal{store: store, system: system, log: log}).run},
 		part{"registry", registry.New(nc, queue, store, agents, log).Run},
 		part{"sweeper", quota.NewSweeper(store, 0, log).Run},
 		part{"orphans", orphan.New(queue, store, agents, feed, log).Run})
