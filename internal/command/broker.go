@@ -137,7 +137,7 @@ func newBackOffice(ctx context.Context, natsConfig bus.Config, o QueueOptions, s
 		return nil, err
 	}
 	return &backOffice{conns: c, system: system, parts: []part{
-		{"removals", func(ctx context.Context) error { return cutRemoved(ctx, store, system, log) }},
+		{"removals", (&removal{store: store, system: system, log: log}).run},
 		{"registry", registry.New(nc, queue, store, own.agents, log).Run},
 		{"sweeper", quota.NewSweeper(store, 0, log).Run},
 		{"orphans", orphan.New(queue, store, own.agents, own.feed, log).Run},

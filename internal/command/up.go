@@ -119,7 +119,7 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 	defer store.Close()
 	nats, err := natsd.Start(ctx, natsd.Config{
 		Listen: c.NATSListen, WebSocket: c.NATSWebSocket, StoreDir: filepath.Join(dir, "nats"),
-		Token: secrets.nats.Reveal(), Agents: identities{store}, Log: log,
+		Token: secrets.nats.Reveal(), Directory: identities{store}, Log: log,
 	})
 	if err != nil {
 		return err
