@@ -71,9 +71,19 @@ func scanIdentity(row pgx.Row) (id Identity, hash apikey.Hash, err error) {
 // LookupKey returns whom the key with a secret stands for, even if it isn't valid any
 // more: that is for the caller to judge. A secret that no key has or had is a key_invalid
 // *schemas.Error.
-func (s *Store) LookupKey(ctx context.Context, hash apikey.Hash) (id Identity, err error) {
+func (s *Store) LookupKey(ctx context.Context, hash apikey.Hash) (Identity, error) {
+	return s.lookup(ctx, `s.hash = $1`, hash[:])
+}
+
+// LookupKeyID is LookupKey for who isn't known by a secret: the identity is that of the
+// key's current one.
+func (s *Store) LookupKeyID(ctx context.Context, key schemas.KeyID) (Identity, error) {
+	return s.lookup(ctx, `k.id = $1 AND s.expires_at IS NULL`, key)
+}
+
+func (s *Store) lookup(ctx context.Context, condition string, arg any) (id Identity, err error) {
 	err = s.read(ctx, "look up a key", func(ctx context.Context) error {
-		id, _, err = scanIdentity(s.pool.QueryRow(ctx, identities+`s.hash = $1`, hash[:]))
+		id, _, err = scanIdentity(s.pool.QueryRow(ctx, identities+condition, arg))
 		if errors.Is(err, pgx.ErrNoRows) {
 			return schemas.Errorf(schemas.CodeKeyInvalid, "The API key doesn't exist or has been revoked.")
 		}
