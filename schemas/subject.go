@@ -61,9 +61,9 @@ func LastToken(subject string) string {
 }
 
 // AgentInboxPrefix is _INBOX_<agent>: every reply subject of a worker begins with it.
-func AgentInboxPrefix(a AgentID) string { return agentInbox + EncodeToken(string(a)) }
+func AgentInboxPrefix(a AgentID) string { return inboxBegin + EncodeToken(string(a)) }
 
-const agentInbox = "_INBOX_"
+const inboxBegin = "_INBOX_"
 
 // AnswersTo reports whether a message of an agent may be answered: whether its reply
 // subject is in the inbox of the agent that its subject names. The bus checks who may
@@ -76,9 +76,129 @@ func AnswersTo(subject, reply string) bool {
 		_, rest, _ = strings.Cut(rest, ".") // the tenant
 	}
 	agent, _, _ := strings.Cut(rest, ".")
-	inbox, of := strings.CutPrefix(reply, agentInbox)
-	inbox, is := strings.CutPrefix(inbox, agent)
-	return ok && of && is && agent != "" && len(inbox) > 1 && inbox[0] == '.'
+	to, of := strings.CutPrefix(reply, inboxBegin)
+	to, is := strings.CutPrefix(to, agent)
+	return ok && of && is && agent != "" && len(to) > 1 && to[0] == '.'
+}
+
+// InSubject is ownllm.v1.in.<key>.<operation>: a publisher asks the brokers for something.
+// The key is the id of its API key, which the bus has checked. A publisher that doesn't know
+// the id may ask whoami with the fingerprint of its secret in its place: the SHA-256, as 64
+// hex digits.
+func InSubject(k KeyID, operation string) string {
+	return Prefix + "in." + EncodeToken(string(k)) + "." + EncodeToken(operation)
+}
+
+// InWildcard is ownllm.v1.in.*.<operation>: what all publishers ask of one operation.
+func InWildcard(operation string) string { return Prefix + "in.*." + EncodeToken(operation) }
+
+// InAny is ownllm.v1.in.*.*: all that publishers ask, of operations that don't exist, too.
+const InAny = Prefix + "in.*.*"
+
+// ParseInSubject is the inverse of InSubject.
+func ParseInSubject(subject string) (k KeyID, operation string, err error) {
+	tokens, err := parse(subject, "in.", 2)
+	if err != nil {
+		return "", "", err
+	}
+	return KeyID(tokens[0]), tokens[1], nil
+}
+
+// ProgressSubject is ownllm.v1.in.<key>.progress.<owner>.<request>: what a publisher says
+// to a progress frame of its request, and where the bus says that nobody hears its frames.
+func ProgressSubject(k KeyID, o OwnerID, r RequestID) string {
+	return Prefix + "in." + EncodeToken(string(k)) + ".progress." + EncodeToken(string(o)) + "." + EncodeToken(string(r))
+}
+
+// ProgressWildcard is ownllm.v1.in.*.progress.<owner>.*: what is said to the progress frames
+// of one owner.
+func ProgressWildcard(o OwnerID) string {
+	return Prefix + "in.*.progress." + EncodeToken(string(o)) + ".*"
+}
+
+// ParseProgressSubject is the inverse of ProgressSubject.
+func ParseProgressSubject(subject string) (k KeyID, o OwnerID, r RequestID, err error) {
+	tokens, err := parse(subject, "in.", 4)
+	if err != nil {
+		return "", "", "", err
+	}
+	if tokens[1] != "progress" {
+		return "", "", "", fmt.Errorf("subject %q isn't of progress", subject)
+	}
+	return KeyID(tokens[0]), OwnerID(tokens[2]), RequestID(tokens[3]), nil
+}
+
+// ResultSubject is ownllm.v1.res.<key>.<id>: the brokers push the result of a request that
+// its publisher submitted under that id.
+func ResultSubject(k KeyID, id string) string {
+	return Prefix + "res." + EncodeToken(string(k)) + "." + EncodeToken(id)
+}
+
+// ResultWildcard is ownllm.v1.res.<key>.>: all results for one key.
+func ResultWildcard(k KeyID) string { return Prefix + "res." + EncodeToken(string(k)) + ".>" }
+
+// PublisherInboxPrefix is _INBOX_<key>: every reply subject of a publisher begins with it.
+// The fingerprint of its secret may stand in for the key, see InSubject.
+func PublisherInboxPrefix(k KeyID) string { return inboxBegin + EncodeToken(string(k)) }
+
+// PublisherAnswersTo reports whether a message of a publisher may be answered: whether its
+// reply subject is in the inbox, or among the results, of the key that its subject names. As
+// AnswersTo says of agents, the bus doesn't check that.
+func PublisherAnswersTo(subject, reply string) bool {
+	rest, ok := strings.CutPrefix(subject, Prefix+"in.")
+	key, _, more := strings.Cut(rest, ".")
+	if !ok || !more || key == "" || !concrete(reply) {
+		return false
+	}
+	return strings.HasPrefix(reply, inboxBegin+key+".") || strings.HasPrefix(reply, Prefix+"res."+key+".")
+}
+
+// concrete reports whether a subject can be published to: it has no empty token and no
+// wildcard.
+func concrete(subject string) bool {
+	for token := range strings.SplitSeq(subject, ".") {
+		if token == "" || strings.ContainsAny(token, "*> \t\r\n") {
+			return false
+		}
+	}
+	return true
+}
+
+// PeerCancelSubject is ownllm.v1.peer.cancel.<key>.<request>: a broker asks the others to
+// cancel a request of a key. Publishers can't reach it.
+func PeerCancelSubject(k KeyID, r RequestID) string {
+	return Prefix + "peer.cancel." + EncodeToken(string(k)) + "." + EncodeToken(string(r))
+}
+
+// PeerCancelWildcard is ownllm.v1.peer.cancel.*.*: every such question.
+const PeerCancelWildcard = Prefix + "peer.cancel.*.*"
+
+// ParsePeerCancelSubject is the inverse of PeerCancelSubject.
+func ParsePeerCancelSubject(subject string) (KeyID, RequestID, error) {
+	tokens, err := parse(subject, "peer.cancel.", 2)
+	if err != nil {
+		return "", "", err
+	}
+	return KeyID(tokens[0]), RequestID(tokens[1]), nil
+}
+
+// parse returns the n decoded tokens of a subject behind Prefix and kind.
+func parse(subject, kind string, n int) ([]string, error) {
+	rest, ok := strings.CutPrefix(subject, Prefix+kind)
+	if !ok {
+		return nil, fmt.Errorf("subject %q is outside %q", subject, Prefix+kind)
+	}
+	tokens := strings.Split(rest, ".")
+	if len(tokens) != n {
+		return nil, fmt.Errorf("subject %q has %d tokens behind %q, want %d", subject, len(tokens), Prefix+kind, n)
+	}
+	for i, token := range tokens {
+		var err error
+		if tokens[i], err = DecodeToken(token); err != nil {
+			return nil, fmt.Errorf("subject %q: %w", subject, err)
+		}
+	}
+	return tokens, nil
 }
 
 // ControlSubject is ownllm.v1.ctl.<agent>: requests from owners to a live worker.

@@ -4,7 +4,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ownllm/ownllm/broker/access"
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/worker/demo"
 )
@@ -16,9 +15,7 @@ func TestFirstJobAfterALostLink(t *testing.T) {
 	h, s := one(t, demo.Options{}, 1)
 	system := h.nats.System()
 	cut := func() {
-		if err := access.Cut(t.Context(), system, agent); err != nil {
-			t.Fatal(err)
-		}
+		disconnect(t, system, agent)
 	}
 	for name, lose := range map[string]func(){
 		"cut": cut,

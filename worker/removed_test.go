@@ -102,7 +102,14 @@ func (s *second) awaitUp(t *testing.T) {
 func (s *second) remove(t *testing.T) {
 	t.Helper()
 	s.h.nats.Agents().Remove(s.id)
-	if err := access.Cut(t.Context(), s.h.nats.System(), s.id); err != nil {
+	disconnect(t, s.h.nats.System(), s.id)
+}
+
+// disconnect has the bus close an agent's connections.
+func disconnect(t *testing.T, system *nats.Conn, id schemas.AgentID) {
+	t.Helper()
+	all := func(_ context.Context, users []string) ([]string, error) { return users, nil }
+	if err := access.Sweep(t.Context(), system, access.Scope{Account: access.AccountAgents, User: string(id)}, all); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -30,8 +30,8 @@ type Config struct {
 	WebSocket string
 	// Token is the shared secret of edges and brokers, the password of the system users.
 	Token string
-	// Agents knows the credentials of the agents; nil lets none in.
-	Agents access.Agents
+	// Directory knows the credentials of agents and publishers; nil lets none in.
+	Directory access.Directory
 	// Log gets what the server has to say.
 	Log *slog.Logger
 }
@@ -65,7 +65,7 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 		port = 0
 	}
 	log := logger{cfg.Log.With("component", "nats"), new(atomic.Pointer[string])}
-	door := &door{token: cfg.Token, agents: cfg.Agents, log: log.log}
+	door := &door{token: cfg.Token, directory: cfg.Directory, log: log.log}
 	opts := &server.Options{
 		ServerName:   "ownllm",
 		Host:         host,
@@ -175,9 +175,14 @@ func (l logger) Debugf(format string, v ...any)  { l.log.Debug(fmt.Sprintf(forma
 func (l logger) Tracef(string, ...any)           {}
 
 // Errorf is for what went wrong in the server. A worker that pulls from a new consumer before
-// its connection is allowed to is no such thing: it is told no, and connects anew.
+// its connection is allowed to is no such thing: it is told no, and connects anew. Whom the
+// door didn't let in it has logged itself, without what the client says of itself, which may
+// be a secret.
 func (l logger) Errorf(format string, v ...any) {
 	text := fmt.Sprintf(format, v...)
+	if strings.Contains(text, "authentication error - ") {
+		return
+	}
 	if strings.Contains(text, `Publish Violation - Subject "$JS.API.CONSUMER.MSG.NEXT.`) {
 		l.log.Debug(text)
 		return

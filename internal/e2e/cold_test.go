@@ -278,7 +278,7 @@ func TestColdOllama(t *testing.T) {
 	// What is removed or pulled on the machine shows within five seconds.
 	for _, present := range []bool{false, true} {
 		o.install(present)
-		stack.Until(t, 5*time.Second, fmt.Sprintf("the model to be listed: %v", present), func() bool { return listed(t, up, ollamaModel) == present })
+		stack.Until(t, 5*time.Second, fmt.Sprintf("the model to be listed: %v", present), func() bool { return lists(t, up, ollamaModel) == present })
 		want := ""
 		if !present {
 			want = string(schemas.CodeModelNotFound)
@@ -320,8 +320,8 @@ func keepAlives(t *testing.T, up *stack.Up, wait string) (kept int, status time.
 	return kept, status
 }
 
-// listed reports whether GET /v1/models lists the model.
-func listed(t *testing.T, up *stack.Up, model string) bool {
+// lists reports whether GET /v1/models lists the model.
+func lists(t *testing.T, up *stack.Up, model string) bool {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, up.BaseURL+"/models", nil)
 	if err != nil {

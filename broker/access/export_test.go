@@ -1,4 +1,0 @@
-package access
-
-// ConnectedByPages is Connected with a page of any size.
-var ConnectedByPages = connected
