@@ -179,8 +179,8 @@ func (r *reply) outcome(err error) (Failure, Breach) {
 		return Failure{Cause: why}, ""
 	case r.refusal != nil:
 		code := cmp.Or(r.refusal.code, r.refusal.kind, "http_"+strconv.Itoa(r.status))
-		if b := r.numbers.breach; b != "" {
-			return Failure{}, b // it was wrong before it ended
+		if b := r.numbers.end(); b != "" && b != Short {
+			return Failure{}, b // it was wrong before it failed
 		}
 		return Failure{Status: r.status, Code: code}, ""
 	}

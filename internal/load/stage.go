@@ -238,7 +238,7 @@ func (s *stage) closed(ctx context.Context) bool {
 		c := newClient(s, uint64(i)+1)
 		group.Go(func() {
 			defer c.close()
-			if from[i] > 0 {
+			if from[i] > 0 || s.config.WarmUp <= 0 {
 				select {
 				case <-measuring:
 				case <-loop.Done():
