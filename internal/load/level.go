@@ -41,9 +41,6 @@ func (l Level) String() string {
 	return from + ".." + strconv.FormatFloat(l.To, 'f', -1, 64)
 }
 
-// MarshalText implements encoding.TextMarshaler.
-func (l Level) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
-
 // Whole reports whether the level is one of clients, of whom there are no halves.
 func (l Level) Whole() bool { return l.From == math.Trunc(l.From) && l.To == math.Trunc(l.To) }
 

@@ -227,7 +227,7 @@ func (r *recorder) report(s *stage) StageReport {
 	defer r.mu.Unlock()
 	seconds := r.length.Seconds()
 	each := func(n int64) float64 { return round(float64(n) / max(seconds, 1e-9)) }
-	level := s.level
+	level := Between(s.level)
 	result := StageReport{
 		Seconds: round(seconds), Requests: r.ended,
 		RequestsPerSecond: each(r.inWindow), TokensPerSecond: each(r.tokens),

@@ -54,8 +54,8 @@ type Machine struct {
 
 // StageReport is one stage. Of Clients and Rate one is given.
 type StageReport struct {
-	Clients *Level `json:"clients,omitempty"`
-	Rate    *Level `json:"rate,omitempty"`
+	Clients *Between `json:"clients,omitempty"`
+	Rate    *Between `json:"rate,omitempty"`
 	// Seconds is how long the window was.
 	Seconds  float64 `json:"seconds"`
 	Requests Ended   `json:"requests"`
@@ -81,9 +81,15 @@ type StageReport struct {
 // Level is the stage's level, whichever it is.
 func (s *StageReport) Level() Level {
 	if s.Rate != nil {
-		return *s.Rate
+		return Level(*s.Rate)
 	}
-	return *s.Clients
+	return Level(*s.Clients)
+}
+
+// Between is a Level: the two are the same if it is steady.
+type Between struct {
+	From float64 `json:"from"`
+	To   float64 `json:"to"`
 }
 
 // Ended are the requests that began in the window.
