@@ -25,7 +25,8 @@ func TestClosedLoop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := only(t, run(t, Config{
 			Dial: inMemory(counting(100*time.Millisecond, 10*time.Millisecond)), Stream: true, Verify: true, Reply: Fixed(11),
-			Levels: []Level{{5, 5}}, WarmUp: time.Second, Duration: 10 * time.Second,
+			// The window's ends lie where nothing else happens.
+			Levels: []Level{{5, 5}}, WarmUp: 1050 * time.Millisecond, Duration: 10 * time.Second,
 			SLO: SLO{FirstToken: 100 * time.Millisecond, InterToken: 10 * time.Millisecond, Whole: 200 * time.Millisecond},
 		}))
 		// 5 clients, each with a reply of 100 ms and 10 gaps of 10 ms.
