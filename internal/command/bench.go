@@ -27,7 +27,7 @@ import (
 // benchCommand is `ownllm bench`.
 type benchCommand struct {
 	URL     string        `name:"url" placeholder:"URL" help:"Base URL of an OpenAI-compatible API, http://127.0.0.1:9191/v1 say; without it, that of a running ownllm up is taken from its ready.json, with its key."`
-	Key     secret.String `placeholder:"KEY" help:"API key. Better give it by the environment, or by --key-file."`
+	Key     secret.String `placeholder:"KEY" help:"API key. Others on this machine may see it as a flag: rather give it by the environment or --key-file."`
 	KeyFile string        `placeholder:"FILE" help:"File with the API key, - for standard input."`
 	Model   string        `placeholder:"MODEL" help:"Model to ask; without it, the first that the API lists."`
 	Header  []string      `sep:"none" placeholder:"NAME:VALUE" help:"Further header of every request. May be repeated."`

@@ -13,7 +13,7 @@ import (
 type demoCommand struct {
 	Listen          string        `default:"127.0.0.1:9195" placeholder:"ADDR" help:"Address to serve at; port 0 picks a free one. Default: 127.0.0.1:9195."`
 	DemoModel       []string      `placeholder:"ID" help:"Serve models of these names, instead of the one that is called demo. May be repeated."`
-	FirstToken      time.Duration `placeholder:"DURATION" help:"Time to the first token. Default: none."`
+	TTFT            time.Duration `name:"ttft" placeholder:"DURATION" help:"Time to the first token. Default: none."`
 	TokensPerSecond float64       `placeholder:"N" help:"Pace of each reply after that; without it, as fast as possible."`
 	Tokens          int           `placeholder:"N" help:"Length of each reply; without it, as long as what there is to say."`
 	Faults          string        `placeholder:"JSON" help:"Further wishes and faults: {\"jitter\":0.2,\"die_after\":50} say. Those in PUT /demo/faults and in a request go before them."`
@@ -27,7 +27,7 @@ is said by flags, while it runs by PUT /demo/faults, and for one request by a fi
 
 Examples:
 
-    ownllm demo --first-token 200ms --tokens-per-second 40 --tokens 256
+    ownllm demo --ttft 200ms --tokens-per-second 40 --tokens 256
     curl http://127.0.0.1:9195/v1/chat/completions -d '{"model":"demo","stream":true,
       "messages":[{"role":"user","content":"hi"}],"demo":{"tokens":64,"tokens_per_second":20,"numbered":true}}'
     curl -X PUT http://127.0.0.1:9195/demo/faults -d '{"die_after":5,"times":10}'
@@ -40,7 +40,7 @@ func (c *demoCommand) Validate() error {
 	var p problems
 	address(&p, "--listen", c.Listen)
 	if _, err := c.faults(); err != nil {
-		p.add("--faults, --first-token, --tokens-per-second, --tokens: %w", err)
+		p.add("--faults, --ttft, --tokens-per-second, --tokens: %w", err)
 	}
 	return p.err()
 }
@@ -55,8 +55,8 @@ func (c *demoCommand) faults() (demo.Faults, error) {
 	if err != nil {
 		return f, err
 	}
-	if c.FirstToken != 0 {
-		f.FirstTokenMS = int(c.FirstToken.Milliseconds())
+	if c.TTFT != 0 {
+		f.FirstTokenMS = int(c.TTFT.Milliseconds())
 	}
 	if c.TokensPerSecond != 0 {
 		f.TokensPerSecond = c.TokensPerSecond
