@@ -5,15 +5,17 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
-	"slices"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/ownllm/ownllm/internal/load"
+	"github.com/ownllm/ownllm/internal/secret"
 )
 
 // workload is one kind of load.
@@ -48,60 +50,47 @@ type Figure struct {
 	CPUClient   float64 `json:"cpu_client_us"`
 }
 
-// load sends requests for a while, and says how that went.
-func (s *stack) load(ctx context.Context, t target, w workload, d time.Duration) (Figure, error) {
-	clients := make([]*client, w.Clients)
-	for i := range clients {
-		c, err := dial(ctx, t, w.Stream)
-		if err != nil {
-			return Figure{}, err
-		}
-		defer c.close()
-		clients[i] = c
-	}
-	var (
-		mu    sync.Mutex
-		first []time.Duration // of each request
-	)
-	before, start := s.spent(), time.Now()
-	group, ctx := errgroup.WithContext(ctx)
-	for _, c := range clients {
-		group.Go(func() error {
-			var mine []time.Duration
-			for time.Since(start) < d && ctx.Err() == nil {
-				took, err := c.roundTrip()
-				if err != nil {
-					return fmt.Errorf("%s at %s: %w", w, t.addr, err)
-				}
-				mine = append(mine, took)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			first = append(first, mine...)
-			return nil
-		})
-	}
-	err := group.Wait()
-	elapsed, used := time.Since(start), s.spent().minus(before)
-	if err == nil {
-		err = context.Cause(ctx)
-	}
-	if len(first) == 0 || err != nil && ctx.Err() == nil {
-		return Figure{}, err
-	}
-	slices.Sort(first)
-	each := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(len(first)) }
-	return Figure{
-		PerSecond: float64(len(first)) / elapsed.Seconds(),
-		FirstP50:  quantile(first, 0.50), FirstP99: quantile(first, 0.99),
-		CPUBackend: each(used.backend), CPUBroker: each(used.broker), CPUPostgres: each(used.postgres), CPUClient: each(used.client),
-	}, nil
+// tokens is the length of every reply.
+const tokens = 32
+
+// replyWait bounds one reply.
+const replyWait = 30 * time.Second
+
+// target is an API to send requests to.
+type target struct {
+	addr string        // host:port
+	key  secret.String // empty for the backend
 }
 
-// quantile of sorted durations, in microseconds.
-func quantile(sorted []time.Duration, q float64) float64 {
-	i := int(q * float64(len(sorted)))
-	return float64(sorted[min(i, len(sorted)-1)].Nanoseconds()) / 1e3
+// load sends requests for a while, and says how that went. One that fails is an error.
+func (s *stack) load(ctx context.Context, t target, w workload, d time.Duration) (Figure, error) {
+	clients := float64(w.Clients)
+	before := s.spent()
+	report, err := load.Run(ctx, load.Config{
+		URL: &url.URL{Scheme: "http", Host: t.addr, Path: "/v1"}, Key: t.key, Model: "demo", Stream: w.Stream,
+		Prompt: load.Fixed(2), Reply: load.Fixed(tokens), Verify: true,
+		Levels: []load.Level{{From: clients, To: clients}}, Duration: d, Timeout: replyWait,
+	}, nil)
+	used := s.spent().minus(before)
+	if err == nil && report.Interrupted {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return Figure{}, err
+	}
+	stage := report.Stages[0]
+	took := stage.FirstToken
+	if !w.Stream {
+		took = stage.Whole
+	}
+	if n := stage.Requests; n.OK != n.Sent || took == nil {
+		return Figure{}, fmt.Errorf("%s at %s: %+v, failures %+v, not whole %v", w, t.addr, n, stage.Failures, stage.Breaches)
+	}
+	each := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(stage.Requests.Sent) }
+	return Figure{
+		PerSecond: stage.RequestsPerSecond, FirstP50: took.P50 * 1e3, FirstP99: took.P99 * 1e3,
+		CPUBackend: each(used.backend), CPUBroker: each(used.broker), CPUPostgres: each(used.postgres), CPUClient: each(used.client),
+	}, nil
 }
 
 const module = "github.com/ownllm/ownllm"
