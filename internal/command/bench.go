@@ -330,7 +330,7 @@ func newStatusLine(w io.Writer) *statusLine {
 
 func (s *statusLine) show(p load.Progress) {
 	if s.w != nil {
-		fmt.Fprintf(s.w, "\r\x1b[K%s", progress(p))
+		fmt.Fprintf(s.w, "\r\x1b[?7l\x1b[K%s\x1b[?7h", progress(p)) // cut off at the edge, not wrapped
 	}
 }
 

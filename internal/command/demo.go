@@ -16,7 +16,7 @@ type demoCommand struct {
 	TTFT            time.Duration `name:"ttft" placeholder:"DURATION" help:"Time to the first token. Default: none."`
 	TokensPerSecond float64       `placeholder:"N" help:"Pace of each reply after that; without it, as fast as possible."`
 	Tokens          int           `placeholder:"N" help:"Length of each reply; without it, as long as what there is to say."`
-	Faults          string        `placeholder:"JSON" help:"Further wishes and faults: {\"jitter\":0.2,\"die_after\":50} say. Those in PUT /demo/faults and in a request go before them."`
+	Faults          string        `placeholder:"JSON" help:"Further wishes and faults: {\"jitter\":0.2,\"die_after\":50} say. A PUT /demo/faults replaces all of this; what a request asks for itself goes before it."`
 }
 
 // Help shows examples.

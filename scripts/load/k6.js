@@ -71,7 +71,13 @@ export default function () {
     timeout: "120s",
   });
   if (!check(response, { "status is 200": (r) => r.status === 200 })) return;
-  const reply = read(response.body);
+  let reply;
+  try {
+    reply = read(response.body);
+  } catch (e) {
+    torn.add(true); // something in it isn't JSON
+    return;
+  }
   firstByte.add(response.timings.waiting);
   if (reply.usage) tokens.add(reply.usage.completion_tokens);
   if (!check(reply, { "no error in the stream": (r) => !r.error })) return;

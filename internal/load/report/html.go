@@ -170,24 +170,28 @@ func overview(r *load.Report) []figure {
 	for i := range r.Stages {
 		levels[i] = r.Stages[i].Level().String()
 	}
-	latency := func(of func(*load.StageReport) *load.Latency, value func(*load.Latency) float64) func(*load.StageReport) (float64, bool) {
+	value := func(of func(*load.StageReport) *load.Latency, take func(*load.Latency) float64) func(*load.StageReport) (float64, bool) {
 		return func(s *load.StageReport) (float64, bool) {
 			l := of(s)
 			if l == nil {
 				return 0, false
 			}
-			return value(l), true
+			return take(l), true
 		}
 	}
 	var list []figure
-	add := func(title string, log bool, lines ...line) {
+	add := func(title string, latency bool, lines ...line) {
 		low, high := bounds(lines)
 		if high == 0 {
 			return
 		}
-		c := &chart{title: title, note: "by " + unit(r), x: names(levels), y: linear(0, high, plain), lines: lines, dots: true}
-		if log {
-			c.y = logarithmic(low, high, duration)
+		label := plain
+		if latency {
+			label = duration
+		}
+		c := &chart{title: title, note: "by " + unit(r), x: names(levels), y: linear(0, high, label), lines: lines, dots: true}
+		if latency && high > 20*low {
+			c.y = logarithmic(low, high, label)
 		}
 		list = append(list, c.figure())
 	}
@@ -208,9 +212,9 @@ func overview(r *load.Report) []figure {
 		{"End-to-end latency", func(s *load.StageReport) *load.Latency { return s.Whole }},
 	} {
 		add(k.title, true,
-			collect("p50", "c1", latency(k.of, func(l *load.Latency) float64 { return l.P50 })),
-			collect("p90", "c3", latency(k.of, func(l *load.Latency) float64 { return l.P90 })),
-			collect("p99", "c2", latency(k.of, func(l *load.Latency) float64 { return l.P99 })))
+			collect("p50", "c1", value(k.of, func(l *load.Latency) float64 { return l.P50 })),
+			collect("p90", "c3", value(k.of, func(l *load.Latency) float64 { return l.P90 })),
+			collect("p99", "c2", value(k.of, func(l *load.Latency) float64 { return l.P99 })))
 	}
 	return list
 }
@@ -269,7 +273,7 @@ func percentiles(s *load.StageReport) *chart {
 	for i, l := range latencies(s) {
 		curve := line{name: l.Name, class: []string{"c1", "c3", "c2"}[i%3]}
 		for _, p := range l.Curve {
-			if p[0] < 100 {
+			if p[0] > 0 && p[0] < 100 { // the extremes would take most of the scale
 				curve.points = append(curve.points, point{p[0], p[1]})
 				most = max(most, p[0])
 			}
