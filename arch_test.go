@@ -87,9 +87,10 @@ var floors = []struct {
 	{[]string{"worker"}, []string{"worker", "broker", "schemas", "internal/secret"}},
 	{[]string{"internal/secret", "internal/postgres", "internal/telemetry"}, nil},
 	{[]string{"internal/adminapi"}, []string{"internal/secret", "schemas"}},
-	{[]string{"internal/command"}, []string{"edge", "worker", "broker", "schemas", "internal/adminapi", "internal/postgres", "internal/secret", "internal/telemetry"}},
+	{[]string{"internal/load"}, []string{"internal/load", "internal/secret", "schemas"}},
+	{[]string{"internal/command"}, []string{"edge", "worker", "broker", "schemas", "internal/adminapi", "internal/load", "internal/postgres", "internal/secret", "internal/telemetry"}},
 	{[]string{"."}, []string{"internal/command"}},
-	{[]string{"internal/bench"}, []string{"internal/adminapi", "internal/secret"}},
+	{[]string{"internal/bench"}, []string{"internal/adminapi", "internal/load", "internal/secret"}},
 	{helpers, []string{"worker", "broker", "schemas", "internal"}},
 }
 
@@ -121,6 +122,7 @@ var vendors = []struct {
 	{[]string{"github.com/nats-io/nats-server"}, []string{"broker/natsd"}},
 	{[]string{"go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters", "github.com/prometheus"}, []string{"internal/telemetry"}},
 	{[]string{"github.com/alecthomas/kong"}, []string{"internal/command"}},
+	{[]string{"github.com/HdrHistogram"}, []string{"internal/load"}},
 	{[]string{"testing", "go.uber.org/goleak", "github.com/google/go-cmp", "pgregory.net/rapid"}, helpers},
 }
 

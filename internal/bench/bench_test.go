@@ -1,12 +1,8 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/json"
-	"fmt"
-	"net"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -73,113 +69,6 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// event is an event of a stream as the demo model sends it.
-func event(i int, finish string) string {
-	return fmt.Sprintf("data: {\"id\":\"x\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\" %d\"},\"finish_reason\":%s}]}\n\n", i, finish)
-}
-
-func wholeStream() []string {
-	events := []string{"data: {\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n"}
-	for i := range 32 {
-		events = append(events, event(i, "null"))
-	}
-	return append(events, "data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n", "data: [DONE]\n\n")
-}
-
-func TestCheckStream(t *testing.T) {
-	good := wholeStream()
-	last := len(good) - 1
-	for name, tc := range map[string]struct {
-		change func(e []string) []string
-		want   string
-	}{
-		"whole":            {func(e []string) []string { return e }, ""},
-		"a token is lost":  {func(e []string) []string { return append(e[:5], e[6:]...) }, "tokens are"},
-		"a token is twice": {func(e []string) []string { e[5] += e[5]; return e }, "tokens are"},
-		"out of order":     {func(e []string) []string { e[5], e[6] = e[6], e[5]; return e }, "tokens are"},
-		"no finish_reason": {func(e []string) []string { return append(e[:last-1], e[last]) }, "0 finish_reasons"},
-		"no [DONE]":        {func(e []string) []string { return e[:last] }, "no [DONE]"},
-		"more after it":    {func(e []string) []string { return append(e, event(0, "null")) }, "after [DONE]"},
-		"an error":         {func(e []string) []string { e[last-1] = "data: {\"error\":{}}\n\n"; return e }, "error in the stream"},
-		"not an event":     {func(e []string) []string { e[3] = "<html>\n"; return e }, "not data"},
-		"nothing":          {func([]string) []string { return nil }, "tokens are"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			body := strings.Join(tc.change(append([]string(nil), good...)), "")
-			_, err := checkStream([]byte(body), nil, numbered(32))
-			if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
-				t.Errorf("error is %v, want %q", err, tc.want)
-			}
-		})
-	}
-}
-
-func TestCheckWhole(t *testing.T) {
-	good := `{"choices":[{"message":{"content":"` + numbered(32) + `"},"finish_reason":"stop"}]}`
-	if err := checkWhole([]byte(good), numbered(32)); err != nil {
-		t.Error(err)
-	}
-	for _, bad := range []string{"", strings.Replace(good, " 7", "", 1), strings.Replace(good, "stop", "length", 1)} {
-		if checkWhole([]byte(bad), numbered(32)) == nil {
-			t.Errorf("%q is taken for the whole reply", bad)
-		}
-	}
-}
-
-// A client reads both forms of a body, and goes on with the next reply on the same
-// connection.
-func TestRoundTrip(t *testing.T) {
-	stream := strings.Join(wholeStream(), "")
-	var chunked strings.Builder
-	for len(stream) > 0 {
-		n := min(len(stream), 100)
-		fmt.Fprintf(&chunked, "%x\r\n%s\r\n", n, stream[:n])
-		stream = stream[n:]
-	}
-	whole := `{"content":"` + numbered(32) + `","finish_reason":"stop"}`
-	for name, tc := range map[string]struct {
-		stream bool
-		answer string
-		want   string
-	}{
-		"chunks":      {true, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked.String() + "0\r\n\r\n", ""},
-		"length":      {false, "HTTP/1.1 200 OK\r\ncontent-length: " + strconv.Itoa(len(whole)) + "\r\n\r\n" + whole, ""},
-		"an error":    {true, "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 6\r\n\r\nsorry\n", "status 503: sorry"},
-		"no length":   {false, "HTTP/1.1 200 OK\r\n\r\n", "no length"},
-		"not HTTP":    {false, "SSH-2.0-OpenSSH\r\n", "not HTTP"},
-		"short chunk": {true, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcdefgh", "read body"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			ours, theirs := net.Pipe()
-			c := &client{conn: ours, in: bufio.NewReader(ours), request: []byte("request"), stream: tc.stream, want: numbered(32)}
-			defer c.close()
-			go func() {
-				defer theirs.Close()
-				for range 2 {
-					if _, err := theirs.Read(make([]byte, 64)); err != nil {
-						return
-					}
-					if _, err := theirs.Write([]byte(tc.answer)); err != nil {
-						return
-					}
-				}
-			}()
-			for range 2 {
-				took, err := c.roundTrip()
-				if tc.want != "" {
-					if err == nil || !strings.Contains(err.Error(), tc.want) {
-						t.Errorf("error is %v, want %q", err, tc.want)
-					}
-					return
-				}
-				if err != nil || took <= 0 {
-					t.Fatalf("took %s, error %v", took, err)
-				}
-			}
-		})
-	}
-}
-
 func TestParseStat(t *testing.T) {
 	line := "4242 (a (odd) name) S 77 4242 4242 0 -1 4194560 1 2 3 4 150 25 7 3 20 0 1 0 100"
 	want := stat{pid: 4242, parent: 77, own: 1750 * time.Millisecond, reaped: 100 * time.Millisecond}
@@ -203,15 +92,5 @@ func TestStatistics(t *testing.T) {
 	m.Rounds = m.Rounds[:3]
 	if got, want := m.over(value), (spread{1, 3, 4}); got != want {
 		t.Errorf("over = %v, want %v", got, want)
-	}
-	sorted := make([]time.Duration, 100)
-	for i := range sorted {
-		sorted[i] = time.Duration(i) * time.Microsecond
-	}
-	if p50, p99 := quantile(sorted, 0.5), quantile(sorted, 0.99); p50 != 50 || p99 != 99 {
-		t.Errorf("p50 = %v, p99 = %v", p50, p99)
-	}
-	if got := quantile(sorted[:1], 0.99); got != 0 {
-		t.Errorf("p99 of one value = %v", got)
 	}
 }

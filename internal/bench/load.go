@@ -2,19 +2,20 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
-	"slices"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/ownllm/ownllm/internal/load"
+	"github.com/ownllm/ownllm/internal/secret"
 )
 
 // workload is one kind of load.
@@ -50,71 +51,50 @@ type Figure struct {
 	CPUClient   float64 `json:"cpu_client_us"`
 	// Torn counts replies that broke off, which the bare proxy is forgiven: on a machine
 	// that is overrun, net/http now and then closes a connection under a reply.
-	Torn int `json:"torn,omitempty"`
+	Torn int64 `json:"torn,omitempty"`
 }
 
-// load sends requests for a while, and says how that went.
+// replyWait bounds one reply.
+const replyWait = 30 * time.Second
+
+// target is an API to send requests to.
+type target struct {
+	addr string        // host:port
+	key  secret.String // empty for the backend
+}
+
+// load sends requests for a while, and says how that went. One that fails is an error, but
+// for the bare proxy's.
 func (s *stack) load(ctx context.Context, t target, w workload, d time.Duration) (Figure, error) {
-	clients := make([]*client, w.Clients)
-	for i := range clients {
-		c, err := dial(ctx, t, w)
-		if err != nil {
-			return Figure{}, err
-		}
-		defer c.close()
-		clients[i] = c
-	}
-	var (
-		mu    sync.Mutex
-		first []time.Duration // of each request
-		torn  int
-	)
-	before, start := s.spent(t), time.Now()
-	group, ctx := errgroup.WithContext(ctx)
-	for _, c := range clients {
-		group.Go(func() error {
-			var mine []time.Duration
-			broken := 0
-			for time.Since(start) < d && ctx.Err() == nil {
-				took, err := c.roundTrip()
-				if errors.Is(err, io.ErrUnexpectedEOF) && t == s.bare {
-					broken++
-					err = c.redial(ctx, t)
-				} else if err == nil {
-					mine = append(mine, took)
-				}
-				if err != nil {
-					return fmt.Errorf("%s at %s: %w", w, t.addr, err)
-				}
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			first, torn = append(first, mine...), torn+broken
-			return nil
-		})
-	}
-	err := group.Wait()
-	elapsed, used := time.Since(start), s.spent(t).minus(before)
-	if err == nil {
+	clients := float64(w.Clients)
+	before := s.spent(t)
+	report, err := load.Run(ctx, load.Config{
+		URL: &url.URL{Scheme: "http", Host: t.addr, Path: "/v1"}, Key: t.key, Model: "demo", Stream: w.Stream,
+		Prompt: load.Fixed(2), Reply: load.Fixed(w.Tokens), Verify: true,
+		Levels: []load.Level{{From: clients, To: clients}}, Duration: d, Timeout: replyWait,
+	}, nil)
+	used := s.spent(t).minus(before)
+	if err == nil && report.Interrupted {
 		err = context.Cause(ctx)
 	}
-	if len(first) == 0 || err != nil && ctx.Err() == nil {
+	if err != nil {
 		return Figure{}, err
 	}
-	slices.Sort(first)
-	each := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(len(first)) }
+	stage := report.Stages[0]
+	took := stage.FirstToken
+	if !w.Stream {
+		took = stage.Whole
+	}
+	n := stage.Requests
+	if took == nil || n.OK != n.Sent && t != s.bare {
+		return Figure{}, fmt.Errorf("%s at %s: %+v, failures %+v, not whole %v", w, t.addr, n, stage.Failures, stage.Breaches)
+	}
+	each := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(n.OK) }
 	return Figure{
-		PerSecond: float64(len(first)) / elapsed.Seconds(),
-		FirstP50:  quantile(first, 0.50), FirstP99: quantile(first, 0.99),
-		Torn:       torn,
+		Torn:      n.Sent - n.OK,
+		PerSecond: stage.RequestsPerSecond, FirstP50: took.P50 * 1e3, FirstP99: took.P99 * 1e3,
 		CPUBackend: each(used.backend), CPUBroker: each(used.broker), CPUPostgres: each(used.postgres), CPUClient: each(used.client),
 	}, nil
-}
-
-// quantile of sorted durations, in microseconds.
-func quantile(sorted []time.Duration, q float64) float64 {
-	i := int(q * float64(len(sorted)))
-	return float64(sorted[min(i, len(sorted)-1)].Nanoseconds()) / 1e3
 }
 
 const module = "github.com/ownllm/ownllm"

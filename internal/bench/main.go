@@ -18,11 +18,10 @@
 //
 // # The client
 //
-// The load comes from closed loops, each with a connection of its own: a request, its
-// whole reply, the next request. They speak HTTP/1.1 over a net.Conn by hand, because
-// client and servers share the cores: for a reply that isn't streamed the client of
-// net/http took about twice the CPU time (0.024 ms against 0.013). For streams the two
-// were alike.
+// The load comes from internal/load, as that of `ownllm bench`: closed loops, each with a
+// connection of its own. It speaks HTTP/1.1 over a net.Conn by hand, because client and
+// servers share the cores: for a reply that isn't streamed the client of net/http took about
+// twice the CPU time (0.024 ms against 0.013). For streams the two were alike.
 //
 // Every reply is checked: status, the numbered tokens each once and in order,
 // finish_reason, and [DONE] at the end of a stream. One that is wrong ends the benchmark.

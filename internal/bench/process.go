@@ -156,7 +156,7 @@ func (s *stack) startBroker(ctx context.Context, binary, data string, stderr io.
 			return err
 		}
 		addr := strings.TrimSuffix(strings.TrimPrefix(ready.BaseURL, "http://"), "/v1")
-		s.through, s.ops = target{addr: addr, key: ready.APIKey}, ready.OpsURL
+		s.through, s.ops = target{addr: addr, key: secret.String(ready.APIKey)}, ready.OpsURL
 		return setLimits(ctx, ready)
 	}
 }

@@ -141,7 +141,7 @@ func (r *Report) writeRequests(out *bufio.Writer) {
 			m.over(func(p Round) float64 { return p.Broker.PerSecond / p.Direct.PerSecond }).text(2))
 	}
 	_ = table.Flush() // writes to out, whose error counts
-	torn := 0
+	torn := int64(0)
 	for _, m := range r.Workloads {
 		for _, p := range m.Rounds {
 			torn += p.Proxy.Torn

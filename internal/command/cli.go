@@ -15,6 +15,7 @@ type cli struct {
 	Agents  agentsCommand  `cmd:"" group:"look" help:"List the GPU machines."`
 	Models  modelsCommand  `cmd:"" group:"look" help:"List the models that the agents have, and set their prices."`
 	Usage   usageCommand   `cmd:"" group:"look" help:"Show what was used, and what it costs."`
+	Bench   benchCommand   `cmd:"" group:"look" help:"Load test an OpenAI-compatible API."`
 	Tenants tenantsCommand `cmd:"" group:"admin" help:"Create, list, change, suspend and resume tenants."`
 	Users   usersCommand   `cmd:"" group:"admin" help:"Create, list, deactivate and activate users."`
 	Keys    keysCommand    `cmd:"" group:"admin" help:"Create, list, change, rotate and revoke API keys."`

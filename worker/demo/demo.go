@@ -396,8 +396,8 @@ func (s *Server) serveSetFaults(w http.ResponseWriter, r *http.Request) {
 		writeError(w, 400, err.Error())
 		return
 	}
-	f := NoFaults()
-	if err := f.overlay(body); err != nil {
+	f, err := ParseFaults(body)
+	if err != nil {
 		writeError(w, 400, err.Error())
 		return
 	}

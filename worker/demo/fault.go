@@ -73,6 +73,10 @@ type Faults struct {
 	StallAfter int `json:"stall_after"`
 	// GarbageAfter sends something that isn't JSON and ends.
 	GarbageAfter int `json:"garbage_after"`
+	// LoseAt leaves this token out of the text, and RepeatAt has it twice, without a word;
+	// the first is 0, -1 is none. Usage counts as if nothing were wrong.
+	LoseAt   int `json:"lose_at"`
+	RepeatAt int `json:"repeat_at"`
 	// LoadMS is how long a cold model takes to load: its first request, and those that
 	// come meanwhile, wait that long. Set by PUT /demo/faults, it makes models cold.
 	LoadMS int `json:"load_ms"`
@@ -111,6 +115,8 @@ or for one, with an object "demo" in the body of a chat completion:
   end_after          after n tokens: end without finish_reason and [DONE]
   stall_after        after n tokens: send nothing more
   garbage_after      after n tokens: something that isn't JSON
+  lose_at            leave token n out
+  repeat_at          send token n twice
   load_ms            a cold model loads this long
   times              only for so many requests (PUT only)
 
@@ -120,7 +126,7 @@ GET /demo/stats shows what it did, POST /demo/reset makes it forget, POST
 
 // NoFaults returns the Faults that change nothing.
 func NoFaults() Faults {
-	return Faults{DieAfter: -1, ErrorAfter: -1, EndAfter: -1, StallAfter: -1, GarbageAfter: -1}
+	return Faults{DieAfter: -1, ErrorAfter: -1, EndAfter: -1, StallAfter: -1, GarbageAfter: -1, LoseAt: -1, RepeatAt: -1}
 }
 
 const (
@@ -128,6 +134,13 @@ const (
 	maxCalls   = 128
 	maxSeconds = 3600
 )
+
+// ParseFaults reads Faults from a JSON object, as PUT /demo/faults takes it.
+func ParseFaults(object []byte) (Faults, error) {
+	f := NoFaults()
+	err := f.overlay(object)
+	return f, err
+}
 
 // overlay sets the fields that a JSON object names. It refuses what it doesn't know:
 // a fault that is misspelt would make a test pass that tests nothing.
@@ -140,10 +153,11 @@ func (f *Faults) overlay(object []byte) error {
 	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
 		return errors.New("demo faults: more than one JSON value")
 	}
-	return f.validate()
+	return f.Validate()
 }
 
-func (f *Faults) validate() error {
+// Validate returns an error for what is out of range.
+func (f *Faults) Validate() error {
 	for _, c := range []struct {
 		name      string
 		value     int
@@ -161,6 +175,8 @@ func (f *Faults) validate() error {
 		{"end_after", f.EndAfter, -1, maxTokens},
 		{"stall_after", f.StallAfter, -1, maxTokens},
 		{"garbage_after", f.GarbageAfter, -1, maxTokens},
+		{"lose_at", f.LoseAt, -1, maxTokens},
+		{"repeat_at", f.RepeatAt, -1, maxTokens},
 		{"load_ms", f.LoadMS, 0, maxSeconds * 1000},
 		{"times", f.Times, 0, maxTokens},
 	} {

@@ -37,6 +37,9 @@ func TestFaultsInAStream(t *testing.T) {
 		{`"end_after":5`, count(5), ` 4`, false, false},
 		{`"end_after":0`, "", "", false, false},
 		{`"garbage_after":5`, count(5), `<html>502`, false, false},
+		{`"lose_at":3`, " 0 1 2 4 5 6 7", `"stop"`, true, false},
+		{`"repeat_at":3`, " 0 1 2 3 3 4 5 6 7", `"stop"`, true, false},
+		{`"lose_at":3,"repeat_at":0,"tokens_per_chunk":4`, " 0 0 1 2 4 5 6 7", `"stop"`, true, false},
 		{`"end_after":3,"die_after":5`, count(3), ` 2`, false, false},
 		{`"reasoning_tokens":3,"die_after":5`, count(2), ` 1`, false, true},
 	}
@@ -84,6 +87,9 @@ func TestFaultsInAWholeReply(t *testing.T) {
 	}
 	if status, header, body, _ := post(`"status":429,"retry_after":7`); status != 429 || header.Get("Retry-After") != "7" || gjson.Get(body, "error.type").Str != "RateLimitError" {
 		t.Errorf("status: %d %v %s", status, header, body)
+	}
+	if _, _, body, _ := post(`"lose_at":1,"repeat_at":2`); gjson.Get(body, "choices.0.message.content").Str != " 0 2 2 3 4 5 6 7" {
+		t.Errorf("lost and repeated: %s", body)
 	}
 	if status, _, body, _ := post(`"status":500,"error_body":"oops"`); status != 500 || body != "oops" {
 		t.Errorf("error body: %d %s", status, body)

@@ -39,6 +39,20 @@ func appendInner(dst []byte, s string) []byte {
 	return append(dst, s...)
 }
 
+// appendTokens appends the tokens of a text as the inside of a JSON string.
+func (r *run) appendTokens(dst []byte, from, to, choice int) []byte {
+	for i := from; i < to; i++ {
+		if i == r.f.LoseAt {
+			continue
+		}
+		dst = appendInner(dst, r.p.token(i, choice))
+		if i == r.f.RepeatAt {
+			dst = appendInner(dst, r.p.token(i, choice))
+		}
+	}
+	return dst
+}
+
 func appendCall(dst []byte, id, name, arguments string) []byte {
 	dst = append(dst, `"id":"`...)
 	dst = append(dst, id...)

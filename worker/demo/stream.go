@@ -135,9 +135,7 @@ func (r *run) appendChunk(dst []byte, pos, next, choice int) []byte {
 		dst = append(dst, "content"...)
 	}
 	dst = append(dst, `":"`...)
-	for i := pos; i < next; i++ {
-		dst = appendInner(dst, p.token(i, choice))
-	}
+	dst = r.appendTokens(dst, pos, next, choice)
 	dst = append(dst, `"}`...)
 	if r.q.logprobs && pos >= p.reasoning {
 		dst = r.appendLogprobs(append(dst, `,"logprobs":`...), pos, next, choice)

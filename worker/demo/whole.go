@@ -73,18 +73,14 @@ func (r *run) appendMessage(dst []byte, choice, end int, failing bool) []byte {
 		dst = append(dst, ']')
 	} else {
 		dst = append(dst, '"')
-		for i := content; i < end; i++ {
-			dst = appendInner(dst, p.token(i, choice))
-		}
+		dst = r.appendTokens(dst, content, end, choice)
 		dst = append(dst, '"')
 	}
 	if p.start < min(p.reasoning, end) {
 		dst = append(dst, `,"`...)
 		dst = append(dst, r.reasoningField()...)
 		dst = append(dst, `":"`...)
-		for i := p.start; i < min(p.reasoning, end); i++ {
-			dst = appendInner(dst, p.token(i, choice))
-		}
+		dst = r.appendTokens(dst, p.start, min(p.reasoning, end), choice)
 		dst = append(dst, '"')
 	}
 	dst = append(dst, '}')
