@@ -19,9 +19,9 @@ func TestFirstJobAfterALostLink(t *testing.T) {
 	}
 	for name, lose := range map[string]func(){
 		"cut": cut,
-		"renewed": func() {
+		"renewed": func() { // as after a hello with a model that is new
 			before := h.tokens.Stats().Reconnects
-			if err := h.tokens.ForceReconnect(); err != nil {
+			if err := h.tokens.Publish("not.allowed", nil); err != nil {
 				t.Fatal(err)
 			}
 			until(t, "a new connection", func() bool { return h.tokens.Stats().Reconnects > before })

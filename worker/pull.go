@@ -52,8 +52,8 @@ func (w *Worker) forbidden(err error) bool {
 // run under life and are counted in jobs.
 func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGroup) error {
 	type pulling struct {
-		consumer string
-		stop     context.CancelFunc
+		*puller
+		stop context.CancelFunc
 	}
 	pulls := make(map[string]pulling) // by model
 	var loops sync.WaitGroup
@@ -92,6 +92,9 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 				renewals = 0
 			}
 			refused, renewed = time.Time{}, now
+			for _, p := range pulls {
+				p.leave() // the connection is back too soon for them to hear of it in time
+			}
 			if renewals == renewMany {
 				w.log.Warn("the bus still doesn't let this worker do what the broker told it to; the connection is renewed again and again")
 			}
@@ -124,8 +127,8 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 				continue
 			}
 			pullCtx, cancel := context.WithCancel(ctx)
-			pulls[model] = pulling{consumer, cancel}
 			p := &puller{w: w, stream: welcome.Stream, consumer: consumer}
+			pulls[model] = pulling{p, cancel}
 			loops.Add(1)
 			go func() {
 				defer loops.Done()
@@ -166,6 +169,10 @@ type puller struct {
 	w        *Worker
 	stream   string
 	consumer string
+
+	mu    sync.Mutex
+	inbox string
+	sub   *nats.Subscription // to the inbox; nil: it was left
 }
 
 const (
@@ -192,15 +199,7 @@ func (p *puller) run(ctx, life context.Context, jobs *sync.WaitGroup) error {
 	status := w.tokens.StatusChanged(nats.CONNECTED, nats.RECONNECTING)
 	defer w.tokens.RemoveStatusListener(status)
 	delivered := make(chan *nats.Msg, 64)
-	var inbox string
-	var sub *nats.Subscription
-	leave := func() {
-		if sub != nil {
-			_ = sub.Unsubscribe() // fails only if the connection is closed for good
-			sub = nil
-		}
-	}
-	defer leave()
+	defer p.leave()
 	request := []byte(fmt.Sprintf(`{"batch":1,"expires":%d}`, pullExpiry.Nanoseconds()))
 	subject := "$JS.API.CONSUMER.MSG.NEXT." + p.stream + "." + p.consumer
 	timer := time.NewTimer(0)
@@ -212,17 +211,14 @@ func (p *puller) run(ctx, life context.Context, jobs *sync.WaitGroup) error {
 				if !ok { // the connection is closed for good
 					return nil
 				}
-				leave()
+				p.leave()
 			default:
 				stale = false
 			}
 		}
-		if sub == nil {
-			inbox = w.tokens.NewInbox()
-			var err error
-			if sub, err = w.tokens.ChanSubscribe(inbox+".*", delivered); err != nil {
-				return fmt.Errorf("listen to consumer %s: %w", p.consumer, err)
-			}
+		inbox, err := p.listen(delivered)
+		if err != nil {
+			return fmt.Errorf("listen to consumer %s: %w", p.consumer, err)
 		}
 		reply := inbox + "." + strconv.FormatUint(n, 10)
 		wait := pullExpiry + pullGrace
@@ -241,7 +237,7 @@ func (p *puller) run(ctx, life context.Context, jobs *sync.WaitGroup) error {
 				if !ok { // the connection is closed for good
 					return nil
 				}
-				leave()
+				p.leave()
 				if is == nats.CONNECTED || w.tokens.IsConnected() {
 					break waiting
 				}
@@ -260,6 +256,27 @@ func (p *puller) run(ctx, life context.Context, jobs *sync.WaitGroup) error {
 				}
 			}
 		}
+	}
+}
+
+// listen returns the inbox that jobs come to, a new one if the last one was left.
+func (p *puller) listen(delivered chan *nats.Msg) (inbox string, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.sub == nil {
+		p.inbox = p.w.tokens.NewInbox()
+		p.sub, err = p.w.tokens.ChanSubscribe(p.inbox+".*", delivered)
+	}
+	return p.inbox, err
+}
+
+// leave ends the interest in the inbox.
+func (p *puller) leave() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.sub != nil {
+		_ = p.sub.Unsubscribe() // fails only if the connection is closed for good
+		p.sub = nil
 	}
 }
 
