@@ -2,6 +2,7 @@ package ingress_test
 
 import (
 	"encoding/json"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -336,7 +337,7 @@ func TestDrain(t *testing.T) {
 	h.brokers[0].stop()
 	h.until("nobody to answer", func() bool {
 		_, err := h.pub.Request(schemas.InSubject(key, "models"), nil, time.Second)
-		return err == nats.ErrNoResponders //nolint:errorlint // returned as it is
+		return errors.Is(err, nats.ErrNoResponders)
 	})
 	run.done(`{"b":2}` + "\n")
 	if text, last, _ := r.read(); text != `{"a":1}{"b":2}` || last.Kind != schemas.FrameDone {
