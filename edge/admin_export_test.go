@@ -1,7 +1,5 @@
 package edge
 
-import "reflect"
-
 // Routes lists what the edge serves, as method and path.
 func (e *Edge) Routes() (list [][2]string) {
 	for _, r := range e.app.GetRoutes(true) {
@@ -9,6 +7,3 @@ func (e *Edge) Routes() (list [][2]string) {
 	}
 	return list
 }
-
-// ModelEntry is the type of a model in GET /v1/models.
-var ModelEntry = reflect.TypeFor[modelEntry]()

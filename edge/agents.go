@@ -179,7 +179,7 @@ func (e *Edge) createPairing(c *fiber.Ctx) error {
 func (e *Edge) removeAgent(c *fiber.Ctx) error {
 	a, err := e.Books.RemoveAgent(c.UserContext(), schemas.AgentID(c.Params("agent")))
 	if err == nil {
-		e.roster.changed(books.KindAgent, string(a.ID)) // needn't wait for the next poll
+		e.Roster.Changed(books.KindAgent, string(a.ID)) // needn't wait for the next poll
 	}
 	return sendOne(c, fiber.StatusOK, a, err, func(a books.Agent) adminapi.Agent {
 		w := adminapi.Agent{ID: a.ID, Tenant: a.Tenant, Name: a.Name, State: adminapi.AgentOffline, Models: []adminapi.AgentModel{}, Machine: wireMachine(a.Machine)}

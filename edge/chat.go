@@ -2,20 +2,16 @@ package edge
 
 import (
 	"context"
-	"strconv"
-	"time"
 
 	"github.com/gofiber/fiber/v2"
 	oteltrace "go.opentelemetry.io/otel/trace"
 
-	"github.com/ownllm/ownllm/broker/chat"
+	"github.com/ownllm/ownllm/broker/desk"
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/schemas"
 )
-
-const operationChat = "chat"
 
 // chat answers POST /v1/chat/completions.
 func (e *Edge) chat(c *fiber.Ctx) error {
@@ -37,7 +33,7 @@ func (e *Edge) chat(c *fiber.Ctx) error {
 	e.tellLimits(c, in)
 	w := &watched{
 		reply: reply, edge: e, ctx: ctx, span: span, stream: req.Stream,
-		series: e.Metrics.Series(operationChat, model.Backend, req.Model),
+		series: e.Metrics.Series(schemas.OperationChat, model.Backend, req.Model),
 	}
 	in.streaming = req.Stream
 	w.unwatch = e.watch.add(in.conn, func() { reply.Interrupt(dispatch.ErrClientGone) })
@@ -55,58 +51,18 @@ func (e *Edge) admit(ctx context.Context, c *fiber.Ctx, in *call) (dispatch.Requ
 	if err := e.authenticate(ctx, c, in); err != nil {
 		return none, schemas.Model{}, err
 	}
-	id := in.identity
 	body, err := e.readBody(c, in)
 	if err != nil {
 		return none, schemas.Model{}, err
 	}
-	req, err := chat.Parse(body)
-	if err != nil {
-		return none, schemas.Model{}, err
-	}
+	req, model, err := e.Desk.Chat(in.identity, desk.Call{ID: in.id, Received: in.received, Body: body, Wait: c.Get(headerWait), WaitHeader: headerWait})
 	in.model = req.Model
-	model, err := e.findModel(id, req.Model)
-	if err != nil {
-		return none, schemas.Model{}, err
-	}
-	if err := req.CheckModel(model); err != nil {
-		return none, schemas.Model{}, err
-	}
-	wait, err := loadWait(c.Get(headerWait))
-	if err != nil {
-		return none, schemas.Model{}, err
-	}
-	return dispatch.Request{
-		LoadWait: wait,
-		ID:       in.id, Tenant: id.Tenant, Key: id.Key, Operation: operationChat,
-		Model: req.Model, Body: body, Stream: req.Stream, IncludeUsage: req.IncludeUsage,
-		Continuable: req.Continuable(),
-		Prompt:      req.PromptBound(), Limit: req.ReplyLimit(), Most: req.MostTokens(model),
-		Received: in.received,
-	}, model, nil
+	return req, model, err
 }
 
 // headerWait is how a client says for how long it waits for a model that isn't in memory,
 // instead of the time that the edge would wait by itself: "30s", or a number of seconds.
 const headerWait = "X-OwnLLM-Wait"
-
-// maxLoadWait bounds that; the deadline of the whole request does, too.
-const maxLoadWait = time.Hour
-
-func loadWait(value string) (*time.Duration, error) {
-	if value == "" {
-		return nil, nil
-	}
-	wait, err := time.ParseDuration(value)
-	if seconds, bare := strconv.Atoi(value); bare == nil {
-		wait, err = time.Duration(min(max(seconds, -1), int(2*maxLoadWait/time.Second)))*time.Second, nil
-	}
-	if err != nil || wait < 0 || wait > maxLoadWait {
-		return nil, schemas.Errorf(schemas.CodeInvalidValue,
-			"The header %s has to be a time like 30s, or a number of seconds, from 0 to %d.", headerWait, int(maxLoadWait/time.Second)).WithParam(headerWait)
-	}
-	return &wait, nil
-}
 
 // watched is a reply on its way to a client. It is the body of a streamed response:
 // the server reads it, and closes it whatever happens.
@@ -128,27 +84,6 @@ type watched struct {
 	buf, out []byte          // rendered events; out is what hasn't been read of buf
 }
 
-// settleWait is how long a client waits for the end of its reply until the books have
-// what it costs. It may begin the next request at once, and what the last one held has
-// to be free by then, on whichever edge.
-const settleWait = time.Second
-
-// settle ends the request, and waits until the books have it.
-func (w *watched) settle() {
-	w.reply.Close()
-	select {
-	case <-w.reply.Settled():
-		return
-	default:
-	}
-	timer := time.NewTimer(settleWait)
-	defer timer.Stop()
-	select {
-	case <-w.reply.Settled():
-	case <-timer.C:
-	}
-}
-
 // end ends the request and records how it went. Of a request that wasn't answered
 // with a 200, the error handler records the rest.
 func (w *watched) end(err *schemas.Error) {
@@ -167,19 +102,13 @@ func (w *watched) end(err *schemas.Error) {
 	case err != nil:
 		code, cause = err.Code, err
 	}
-	timing, usage := w.reply.Timing(), w.reply.Usage()
-	record := metric.Reply{Code: code, Duration: time.Since(timing.Received), Usage: usage}
-	if w.stream && !timing.FirstChunk.IsZero() {
-		record.FirstToken = timing.FirstChunk.Sub(timing.Received)
-		w.series.FirstToken(w.ctx, record.FirstToken)
-	}
-	w.series.Replied(w.ctx, record)
+	usage := desk.Record(w.ctx, w.series, w.reply, code, w.stream)
 	if !w.answered {
 		return
 	}
 	if w.stream {
 		w.edge.Metrics.StreamClosed(w.ctx)
-		w.edge.Metrics.RequestEnded(w.ctx, operationChat, code)
+		w.edge.Metrics.RequestEnded(w.ctx, schemas.OperationChat, code)
 	}
 	w.span.SetAttributes(trace.AttrInputTokens.Int(usage.PromptTokens), trace.AttrOutputTokens.Int(usage.CompletionTokens))
 	trace.End(w.span, cause)

@@ -33,13 +33,14 @@ import (
 
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/desk"
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/keyring"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/broker/quota"
+	"github.com/ownllm/ownllm/broker/roster"
 	"github.com/ownllm/ownllm/broker/trace"
-	"github.com/ownllm/ownllm/schemas"
 )
 
 // Config says how the edge faces its clients.
@@ -79,6 +80,9 @@ type Parts struct {
 	Gate       *quota.Gate
 	Books      *books.Store
 	Queue      *bus.Queue
+	Desk       *desk.Desk
+	// Roster hears at once of the agents that are paired and removed here.
+	Roster *roster.Roster
 	// Aside may be nil: then heartbeats over HTTPS are taken, and nobody is told.
 	Aside   Aside
 	Metrics *metric.Instruments
@@ -97,7 +101,6 @@ type Edge struct {
 	draining atomic.Bool
 	ready    readiness
 	slugs    slugs
-	roster   *roster
 }
 
 const (
@@ -112,7 +115,7 @@ const (
 // New returns an edge that isn't listening yet.
 func New(cfg Config, parts Parts) *Edge {
 	e := &Edge{
-		Parts: parts, cfg: cfg, watch: newWatcher(), clients: newClients(), roster: newRoster(),
+		Parts: parts, cfg: cfg, watch: newWatcher(), clients: newClients(),
 		failures: newFailures(cfg.FailureRate, cfg.FailureBurst),
 	}
 	e.app = fiber.New(fiber.Config{
@@ -197,12 +200,6 @@ func (e *Edge) Serve(ctx context.Context, l net.Listener) error {
 		defer close(watched)
 		e.watch.run(watching)
 	}()
-	e.Keys.OnChange(e.roster.changed)
-	tended := make(chan struct{})
-	go func() {
-		defer close(tended)
-		e.roster.tend(watching, e.Books, e.Agents)
-	}()
 	served := make(chan error, 1)
 	go func() { served <- e.app.Listener(l) }()
 	var err error
@@ -218,7 +215,6 @@ func (e *Edge) Serve(ctx context.Context, l net.Listener) error {
 	e.clients.finish(leave)
 	stopWatching()
 	<-watched
-	<-tended
 	return err
 }
 
@@ -251,15 +247,11 @@ func (e *Edge) shutdown(ctx context.Context) error {
 				warned = true
 				e.Log.WarnContext(ctx, "drain time is over, replies are ended", "active", n)
 			}
-			e.Dispatcher.InterruptAll(errShuttingDown)
+			e.Dispatcher.InterruptAll(desk.ErrShuttingDown)
 			timer.Reset(interruptEvery)
 		}
 	}
 }
-
-// errShuttingDown ends the replies that the drain doesn't wait for.
-var errShuttingDown = schemas.Errorf(schemas.CodeInternalError,
-	"This server is shutting down. Send the request again.").WithRetryAfter(time.Second)
 
 func knownMethod(m string) bool {
 	switch m {
@@ -278,7 +270,7 @@ func (e *Edge) readyz(c *fiber.Ctx) error {
 	r := e.Readiness(c.UserContext())
 	if !r.Ready {
 		c.Status(fiber.StatusServiceUnavailable)
-		c.Set(fiber.HeaderRetryAfter, strconv.Itoa(int(learnWait/time.Second)))
+		c.Set(fiber.HeaderRetryAfter, strconv.Itoa(int(desk.LearnWait/time.Second)))
 	}
 	return c.JSON(r)
 }

@@ -20,11 +20,13 @@ import (
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/desk"
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/keyring"
 	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/broker/registry"
+	"github.com/ownllm/ownllm/broker/roster"
 	"github.com/ownllm/ownllm/edge"
 	"github.com/ownllm/ownllm/internal/natstest"
 	"github.com/ownllm/ownllm/internal/pgtest"
@@ -122,7 +124,10 @@ func build(t testing.TB, p plan) *house {
 	}
 	gate := quota.New(h.store, quota.Config{}, log)
 	h.disp = dispatch.New(dispatch.Parts{Tokens: tokens, Bulk: bulk, Queue: queue, Agents: h.agents, Feed: feed, Gate: gate, Log: log}, cfg)
+	kept := roster.New(h.store, h.agents)
+	h.keys.OnChange(kept.Changed)
 	h.run("keyring", h.keys.Run)
+	h.run("roster", kept.Run)
 	h.run("gate", gate.Run)
 	h.run("dispatcher", h.disp.Run)
 	h.run("feed", feed.Run)
@@ -150,7 +155,7 @@ func build(t testing.TB, p plan) *house {
 	}
 	h.edge = edge.New(e, edge.Parts{
 		Keys: h.keys, Agents: h.agents, Feed: feed, Dispatcher: h.disp, Gate: gate, Books: h.store, Queue: queue, Log: log,
-		Aside: p.aside,
+		Aside: p.aside, Desk: desk.New(h.agents, feed), Roster: kept,
 	})
 	l := listen(t, "127.0.0.1:0")
 	h.addr = l.Addr().String()

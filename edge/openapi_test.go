@@ -171,7 +171,7 @@ var wireTypes = map[string]reflect.Type{
 	"KeyPage": reflect.TypeFor[adminapi.List[adminapi.Key]](), "AgentPage": reflect.TypeFor[adminapi.List[adminapi.Agent]](),
 	"ModelPage": reflect.TypeFor[adminapi.List[adminapi.Model]](), "PricePage": reflect.TypeFor[adminapi.List[adminapi.Price]](),
 	"UsagePage": reflect.TypeFor[adminapi.List[adminapi.Usage]](), "AuditEntryPage": reflect.TypeFor[adminapi.List[adminapi.AuditEntry]](),
-	"Capabilities": reflect.TypeFor[schemas.Capabilities](), "Readiness": reflect.TypeFor[edge.Readiness](), "ModelEntry": edge.ModelEntry,
+	"Capabilities": reflect.TypeFor[schemas.Capabilities](), "Readiness": reflect.TypeFor[edge.Readiness](), "ModelEntry": reflect.TypeFor[schemas.ModelEntry](),
 }
 
 // foreign are the schemas of what is OpenAI's: real answers are held against them.

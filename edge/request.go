@@ -314,7 +314,7 @@ func (e *Edge) refuseMethod(ctx *fasthttp.RequestCtx) {
 func operation(c *fiber.Ctx) string {
 	switch path := c.Path(); {
 	case path == chatPath:
-		return operationChat
+		return schemas.OperationChat
 	case strings.HasPrefix(path, "/v1/models"):
 		return "models"
 	case strings.HasPrefix(path, "/api/v1/"):

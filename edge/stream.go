@@ -4,15 +4,12 @@ import (
 	"bytes"
 	"io"
 	"net"
-	"time"
 
 	"github.com/gofiber/fiber/v2"
 
+	"github.com/ownllm/ownllm/broker/desk"
 	"github.com/ownllm/ownllm/broker/dispatch"
 )
-
-// learnWait is the advice to clients of an edge that has to find its feet.
-const learnWait = 2 * time.Second
 
 // The pieces of a stream of server-sent events. A keep-alive is a comment with one
 // newline: a blank line behind it would make an empty event of it, which breaks older
@@ -33,7 +30,7 @@ func (w *watched) sendWhole(c *fiber.Ctx) error {
 		case dispatch.EventTick:
 			continue
 		case dispatch.EventError:
-			w.settle()
+			desk.Settle(w.reply)
 			w.end(ev.Err)
 			return ev.Err
 		}
@@ -47,7 +44,7 @@ func (w *watched) sendWhole(c *fiber.Ctx) error {
 		}
 	}
 	w.answered = true
-	w.settle()
+	desk.Settle(w.reply)
 	w.end(nil)
 	c.Response().Header.SetContentType(fiber.MIMEApplicationJSON)
 	c.Response().SetBodyRaw(body)
@@ -59,7 +56,7 @@ func (w *watched) sendWhole(c *fiber.Ctx) error {
 func (w *watched) sendStream(c *fiber.Ctx) error {
 	ev := w.reply.Next()
 	if ev.Kind == dispatch.EventError && len(ev.Payload) == 0 {
-		w.settle()
+		desk.Settle(w.reply)
 		w.end(ev.Err)
 		return ev.Err
 	}
@@ -141,7 +138,7 @@ func (w *watched) append(ev dispatch.Event) {
 // appendLast renders the end of the stream. What came before it is on its way to the
 // client by now; the end waits until the request is settled.
 func (w *watched) appendLast() {
-	w.settle()
+	desk.Settle(w.reply)
 	w.over, w.buf = true, w.out
 	if err := w.last.Err; err != nil {
 		w.err = err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"time"
 
 	"github.com/nats-io/jwt/v2"
@@ -30,20 +31,20 @@ const (
 // Callout tells external nats-servers who may do what. Every broker runs one; they share
 // the questions in a queue group.
 type Callout struct {
-	nc     *nats.Conn
-	agents Agents
-	key    nkeys.KeyPair
-	log    *slog.Logger
+	nc        *nats.Conn
+	directory Directory
+	key       nkeys.KeyPair
+	log       *slog.Logger
 }
 
 // NewCallout returns a callout that isn't listening yet. The connection is one of
 // bus.UserSystem, and the token that of ServerConfig.
-func NewCallout(nc *nats.Conn, agents Agents, token string, log *slog.Logger) (*Callout, error) {
+func NewCallout(nc *nats.Conn, d Directory, token string, log *slog.Logger) (*Callout, error) {
 	key, err := issuer(token)
 	if err != nil {
 		return nil, err
 	}
-	return &Callout{nc: nc, agents: agents, key: key, log: log}, nil
+	return &Callout{nc: nc, directory: d, key: key, log: log}, nil
 }
 
 // Run answers until ctx ends.
@@ -81,18 +82,19 @@ func (c *Callout) answer(ctx context.Context, m *nats.Msg) {
 	answer := jwt.NewAuthorizationResponseClaims(question.UserNkey)
 	answer.Audience = question.Server.ID
 	// System users never come here: the server knows their passwords itself.
-	user := question.ConnectOptions.Username
-	grant, err := Authenticate(ctx, c.agents, "", user, question.ConnectOptions.Password)
+	shown := question.ConnectOptions
+	login := Login{User: shown.Username, Password: shown.Password, Token: shown.Token}
+	grant, err := Authenticate(ctx, c.directory, "", login)
 	switch {
 	case errors.Is(err, ErrDenied):
 		answer.Error = "access denied"
-		c.log.InfoContext(ctx, "agent not let in", "user", user, "host", question.ClientInformation.Host, "error", err)
+		c.log.InfoContext(ctx, "not let in", "user", login.Name(), "host", question.ClientInformation.Host, "error", err)
 	case err != nil:
 		answer.Error = "nobody knows right now"
-		c.log.ErrorContext(ctx, "agent not let in", "user", user, "error", err)
+		c.log.ErrorContext(ctx, "not let in", "user", login.Name(), "error", err)
 	default:
-		if answer.Jwt, err = c.sign(question.UserNkey, user, grant); err != nil {
-			c.log.ErrorContext(ctx, "agent not let in", "user", user, "error", err)
+		if answer.Jwt, err = c.sign(question.UserNkey, grant); err != nil {
+			c.log.ErrorContext(ctx, "not let in", "user", grant.User, "error", err)
 			return
 		}
 	}
@@ -101,23 +103,34 @@ func (c *Callout) answer(ctx context.Context, m *nats.Msg) {
 		err = m.Respond([]byte(text))
 	}
 	if err != nil && !bus.Down(err) {
-		c.log.ErrorContext(ctx, "auth callout not answered", "user", user, "error", err)
+		c.log.ErrorContext(ctx, "auth callout not answered", "user", login.Name(), "error", err)
 	}
 }
 
+// connectionTypes are how clients may come: not as a leaf node, and not by MQTT, where these
+// are open.
+var connectionTypes = []string{jwt.ConnectionTypeStandard, jwt.ConnectionTypeWebsocket}
+
 // sign writes a grant in the server's own form.
-func (c *Callout) sign(nkey, user string, g Grant) (string, error) {
+func (c *Callout) sign(nkey string, g Grant) (string, error) {
 	claims := jwt.NewUserClaims(nkey)
-	claims.Name = user
+	claims.Name = g.User
 	claims.Audience = g.Account
+	claims.AllowedConnectionTypes.Add(connectionTypes...)
+	if g.Remaining > 0 {
+		// The server takes the whole seconds from its own time, cut to a second, to this.
+		claims.Expires = time.Now().Unix() + int64(math.Ceil(g.Remaining.Seconds()))
+	}
 	if !g.All {
 		claims.Pub.Allow.Add(g.Publish...)
 		claims.Sub.Allow.Add(g.Subscribe...)
+	}
+	if g.Answer {
 		claims.Resp = &jwt.ResponsePermission{MaxMsgs: Answers, Expires: AnswerWithin}
 	}
 	text, err := claims.Encode(c.key)
 	if err != nil {
-		return "", fmt.Errorf("sign the grant of %s: %w", user, err)
+		return "", fmt.Errorf("sign the grant of %s: %w", g.User, err)
 	}
 	return text, nil
 }

@@ -36,8 +36,11 @@ func Accounts(token string) string {
   %s {
     users: [{user: %q, password: %s}]
   }
+  %s {
+    users: [{user: %q, password: %s}]
+  }
 }
-`, AccountSystem, bus.UserSystem, strconv.Quote(token))
+`, AccountIngress, bus.UserIngress, strconv.Quote(token), AccountSystem, bus.UserSystem, strconv.Quote(token))
 	return b.String()
 }
 
@@ -54,7 +57,7 @@ func ServerConfig(token string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("key of the auth callout: %w", err)
 	}
-	users := []string{bus.UserCore, bus.UserAgents, bus.UserSystem}
+	users := []string{bus.UserCore, bus.UserAgents, bus.UserIngress, bus.UserSystem}
 	return fmt.Sprintf(`# Made by "ownllm nats-config". It holds a secret: whoever reads it can do everything.
 %s
 authorization {

@@ -5,70 +5,136 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/nats-io/nats.go"
-
-	"github.com/ownllm/ownllm/schemas"
 )
 
-// cutWait is how long servers are waited for that may have connections of an agent.
-const cutWait = time.Second
+const (
+	// sweepWait is how long servers are waited for after the last word of any.
+	sweepWait = time.Second
+	// sweepPage is how many connections a server tells of at once. The next page begins a
+	// little before the end of the last, since those that close meanwhile move it.
+	sweepPage    = 2048
+	sweepOverlap = 64
+)
 
-// Cut closes all connections of an agent, at every server of the cluster. The connection
-// is one of bus.UserSystem. Whoever shouldn't come back has to have lost its credential
-// before.
-func Cut(ctx context.Context, nc *nats.Conn, agent schemas.AgentID) error {
-	ctx, cancel := context.WithTimeout(ctx, cutWait)
-	defer cancel()
+// Scope is whose connections are looked at: those of a user, or of all in the account.
+type Scope struct{ Account, User string }
+
+// Sweep looks at the connections of agents or publishers at every server of the cluster,
+// and closes those of whom it is told to. ended gets the users of some connections, as in
+// Grant.User, and returns those that may not be there any more. Whoever shouldn't come back
+// has to have lost its credential before.
+//
+// nc is a connection of bus.UserSystem. An error means that connections may be left.
+func Sweep(ctx context.Context, nc *nats.Conn, scope Scope, ended func(ctx context.Context, users []string) ([]string, error)) error {
 	answers, err := nc.SubscribeSync(nc.NewInbox())
 	if err != nil {
-		return fmt.Errorf("cut agent %s: %w", agent, err)
+		return fmt.Errorf("sweep connections: %w", err)
 	}
 	defer answers.Unsubscribe()
-	question, err := json.Marshal(map[string]any{"auth": true, "user": agent, "acc": AccountAgents})
-	if err != nil {
-		return fmt.Errorf("cut agent %s: %w", agent, err)
-	}
-	if err := nc.PublishRequest("$SYS.REQ.SERVER.PING.CONNZ", answers.Subject, question); err != nil {
-		return fmt.Errorf("cut agent %s: %w", agent, err)
+	s := sweep{nc: nc, scope: scope, reply: answers.Subject}
+	if err := s.ask("PING", "CONNZ", scope.question(0)); err != nil {
+		return fmt.Errorf("sweep connections: %w", err)
 	}
 	heard := false
 	for {
-		m, err := answers.NextMsgWithContext(ctx)
+		m, err := next(ctx, answers)
 		switch {
-		case errors.Is(err, context.DeadlineExceeded) && heard: // all have answered, as far as anybody can know
-			return nil
-		case err != nil:
-			return fmt.Errorf("cut agent %s: %w", agent, err)
+		case errors.Is(err, context.DeadlineExceeded) && heard && ctx.Err() == nil:
+			return nil // all have answered, as far as anybody can know
+		case err == nil:
+			err = s.look(ctx, m, ended)
+		}
+		if err != nil {
+			return fmt.Errorf("sweep connections: %w", err)
 		}
 		heard = true
-		var answer struct {
-			Server struct {
-				ID string `json:"id"`
-			} `json:"server"`
-			Data struct {
-				Connections []struct {
-					ID   uint64 `json:"cid"`
-					User string `json:"authorized_user"`
-				} `json:"connections"`
-			} `json:"data"`
+	}
+}
+
+func next(ctx context.Context, answers *nats.Subscription) (*nats.Msg, error) {
+	ctx, cancel := context.WithTimeout(ctx, sweepWait)
+	defer cancel()
+	return answers.NextMsgWithContext(ctx)
+}
+
+// sweep is one run of Sweep.
+type sweep struct {
+	nc    *nats.Conn
+	scope Scope
+	reply string
+}
+
+// question asks for the connections from an offset on.
+func (s Scope) question(offset int) map[string]any {
+	q := map[string]any{"auth": true, "acc": s.Account, "limit": sweepPage, "offset": offset}
+	if s.User != "" {
+		q["user"] = s.User
+	}
+	return q
+}
+
+func (s *sweep) ask(server, what string, question map[string]any) error {
+	body, err := json.Marshal(question)
+	if err != nil {
+		return err
+	}
+	return s.nc.PublishRequest("$SYS.REQ.SERVER."+server+"."+what, s.reply, body)
+}
+
+// page is a server's word of its connections. A server answers a kick, too, which is like
+// a page without connections.
+type page struct {
+	Server struct {
+		ID string `json:"id"`
+	} `json:"server"`
+	Data struct {
+		Offset      int `json:"offset"`
+		Connections []struct {
+			ID   uint64 `json:"cid"`
+			User string `json:"authorized_user"`
+		} `json:"connections"`
+	} `json:"data"`
+}
+
+// look closes what is to be closed of a page, and asks for the next if there is one.
+func (s *sweep) look(ctx context.Context, m *nats.Msg, ended func(context.Context, []string) ([]string, error)) error {
+	var p page
+	if err := json.Unmarshal(m.Data, &p); err != nil {
+		return err
+	}
+	open := make(map[string][]uint64)
+	for _, c := range p.Data.Connections {
+		if systemAccounts[c.User] == "" && (s.scope.User == "" || s.scope.User == c.User) {
+			open[c.User] = append(open[c.User], c.ID)
 		}
-		if err := json.Unmarshal(m.Data, &answer); err != nil {
-			return fmt.Errorf("cut agent %s: %w", agent, err)
+	}
+	closed := 0
+	if len(open) > 0 {
+		users := make([]string, 0, len(open))
+		for user := range open {
+			users = append(users, user)
 		}
-		for _, c := range answer.Data.Connections {
-			if c.User != string(agent) {
-				continue
-			}
-			kick, err := json.Marshal(map[string]any{"cid": c.ID})
-			if err != nil {
-				return fmt.Errorf("cut agent %s: %w", agent, err)
-			}
-			// A server does it only for who wants an answer, which is like one without connections.
-			if err := nc.PublishRequest("$SYS.REQ.SERVER."+answer.Server.ID+".KICK", answers.Subject, kick); err != nil {
-				return fmt.Errorf("cut agent %s: %w", agent, err)
+		slices.Sort(users)
+		list, err := ended(ctx, users)
+		if err != nil {
+			return err
+		}
+		for _, user := range list {
+			for _, id := range open[user] {
+				// A server does it only for who wants an answer.
+				if err := s.ask(p.Server.ID, "KICK", map[string]any{"cid": id}); err != nil {
+					return err
+				}
+				closed++
 			}
 		}
 	}
+	if n := len(p.Data.Connections); n == sweepPage {
+		return s.ask(p.Server.ID, "CONNZ", s.scope.question(p.Data.Offset+n-closed-sweepOverlap))
+	}
+	return nil
 }

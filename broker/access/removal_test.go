@@ -1,6 +1,7 @@
 package access_test
 
 import (
+	"context"
 	"errors"
 	"testing"
 	"time"
@@ -30,7 +31,10 @@ func removalCuts(t *testing.T, server site) {
 	server.Agents().Remove(mallory)
 	ended := make(chan error, 1)
 	began := time.Now()
-	go func() { ended <- access.Cut(t.Context(), system, mallory) }()
+	go func() {
+		ended <- access.Sweep(t.Context(), system, access.Scope{Account: access.AccountAgents, User: string(mallory)},
+			func(_ context.Context, users []string) ([]string, error) { return users, nil })
+	}()
 	for range 2 {
 		select {
 		case name := <-lost:

@@ -8,6 +8,7 @@ package apikey
 import (
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -34,6 +35,23 @@ const (
 
 // Hash is the SHA-256 of a key, the form in which it is stored and looked up.
 type Hash [sha256.Size]byte
+
+// Fingerprint is the hash as 64 hex digits, a name for the secret that gives nothing of it
+// away.
+func (h Hash) Fingerprint() string { return hex.EncodeToString(h[:]) }
+
+// ParseFingerprint is the inverse of Hash.Fingerprint.
+func ParseFingerprint(text string) (h Hash, err error) {
+	if len(text) != hex.EncodedLen(len(h)) || strings.ToLower(text) != text {
+		return Hash{}, errFingerprint
+	}
+	if _, err := hex.Decode(h[:], []byte(text)); err != nil {
+		return Hash{}, errFingerprint
+	}
+	return h, nil
+}
+
+var errFingerprint = errors.New("the fingerprint of a key is 64 hex digits, in lower case")
 
 // Key is a well-formed API key. The zero Key is none.
 type Key struct {

@@ -94,6 +94,24 @@ func getAgent(ctx context.Context, q querier, id schemas.AgentID) (Agent, error)
 	return a, orNotFound(err, "agent", string(id))
 }
 
+// PresentAgents tells which of the ids are of agents that weren't removed.
+func (s *Store) PresentAgents(ctx context.Context, ids []schemas.AgentID) (present map[schemas.AgentID]bool, err error) {
+	err = s.read(ctx, "look for agents", func(ctx context.Context) error {
+		present = make(map[schemas.AgentID]bool, len(ids))
+		rows, err := s.pool.Query(ctx, `SELECT id FROM agents WHERE id = ANY ($1) AND removed_at IS NULL`, ids)
+		if err != nil {
+			return err
+		}
+		var id schemas.AgentID
+		_, err = pgx.ForEachRow(rows, []any{&id}, func() error {
+			present[id] = true
+			return nil
+		})
+		return err
+	})
+	return present, err
+}
+
 // Machines returns what the machines of agents said of themselves when they were paired.
 func (s *Store) Machines(ctx context.Context, ids []schemas.AgentID) (machines map[schemas.AgentID]Machine, err error) {
 	err = s.read(ctx, "read the machines of agents", func(ctx context.Context) error {

@@ -24,6 +24,12 @@ func TestRotateKey(t *testing.T) {
 		t.Helper()
 		id, err := c.s.LookupKey(t.Context(), secret.Hash())
 		c.must(err)
+		// By its id the key is known as by its current secret.
+		current, err := c.s.LookupKeyID(t.Context(), c.key.ID)
+		c.must(err)
+		if current.AsOf = id.AsOf; id.ExpiresAt == nil && !cmp.Equal(current, id) || current.ExpiresAt != nil {
+			t.Errorf("by its id the key is %+v, by its secret %+v", current, id)
+		}
 		if id.Key != c.key.ID || id.Prefix != secret.Prefix() {
 			t.Errorf("identity %+v", id)
 		}

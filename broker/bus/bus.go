@@ -43,6 +43,8 @@ const (
 	UserCore = "core"
 	// UserAgents talks to workers.
 	UserAgents = "agents"
+	// UserIngress talks to publishers.
+	UserIngress = "ingress"
 	// UserSystem hears of connections, and closes them.
 	UserSystem = "sys"
 )

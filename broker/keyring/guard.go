@@ -11,8 +11,7 @@ import (
 
 // guard is something that goes on only as long as its key is valid.
 type guard struct {
-	key  apikey.Key
-	slug string
+	look lookup
 	id   books.Identity
 	end  func(*schemas.Error)
 }
@@ -23,7 +22,15 @@ type guard struct {
 // expires ends nothing that goes on. end must not block. The caller owes a call of
 // release, after which end isn't begun any more.
 func (k *Keyring) Guard(key apikey.Key, slug string, id books.Identity, end func(*schemas.Error)) (release func()) {
-	g := &guard{key, slug, id, end}
+	return k.guard(&guard{func(ctx context.Context) (books.Identity, error) { return k.Authenticate(ctx, key, slug) }, id, end})
+}
+
+// GuardID is Guard for an identity that Identify has returned: a rotation ends nothing.
+func (k *Keyring) GuardID(id books.Identity, end func(*schemas.Error)) (release func()) {
+	return k.guard(&guard{func(ctx context.Context) (books.Identity, error) { return k.Identify(ctx, id.Key) }, id, end})
+}
+
+func (k *Keyring) guard(g *guard) (release func()) {
 	k.guardMu.Lock()
 	k.guards[g] = 0
 	k.guardMu.Unlock()
@@ -69,7 +76,7 @@ func (k *Keyring) enforce(ctx context.Context) {
 		case <-k.suspected:
 		}
 		for g, since := range k.suspects() {
-			_, err := k.Authenticate(ctx, g.key, g.slug)
+			_, err := g.look(ctx)
 			var refusal *schemas.Error
 			switch {
 			case err == nil:

@@ -22,6 +22,7 @@ package keyring
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -58,6 +59,7 @@ const (
 // Store is what the keyring needs of the books.
 type Store interface {
 	LookupKey(ctx context.Context, hash apikey.Hash) (books.Identity, error)
+	LookupKeyID(ctx context.Context, key schemas.KeyID) (books.Identity, error)
 	LookupAgent(ctx context.Context, hash credential.Hash) (books.AgentIdentity, error)
 	Changes(ctx context.Context, since int64) (books.Changes, error)
 }
@@ -237,11 +239,34 @@ func (s changeSet) touch(id *books.Identity) bool {
 // user_deactivated. If the books can't be asked it wraps an internal_error
 // *schemas.Error for the client, and the cause for the log.
 func (k *Keyring) Authenticate(ctx context.Context, key apikey.Key, slug string) (books.Identity, error) {
-	hash := key.Hash()
+	return k.Recognize(ctx, key.Hash(), slug)
+}
+
+// Recognize is Authenticate for somebody who has shown the secret elsewhere, of which only
+// the hash is known.
+func (k *Keyring) Recognize(ctx context.Context, hash apikey.Hash, slug string) (books.Identity, error) {
+	return k.identify(ctx, hash, slug, func(ctx context.Context) (books.Identity, error) { return k.store.LookupKey(ctx, hash) })
+}
+
+// Identify is Authenticate for somebody who has shown a secret of the key elsewhere, say to
+// the bus, and is known by the id of the key. When a secret ends that others follow, that
+// ends nothing here: whoever let it in sees to it.
+func (k *Keyring) Identify(ctx context.Context, key schemas.KeyID) (books.Identity, error) {
+	return k.identify(ctx, idHash(key), "", func(ctx context.Context) (books.Identity, error) { return k.store.LookupKeyID(ctx, key) })
+}
+
+// idHash is under what an identity that was looked up by the id of its key is kept in
+// memory. No secret has this hash, since each begins with apikey.Begin.
+func idHash(key schemas.KeyID) apikey.Hash { return sha256.Sum256([]byte("id:" + key)) }
+
+// lookup asks the books.
+type lookup func(context.Context) (books.Identity, error)
+
+func (k *Keyring) identify(ctx context.Context, hash apikey.Hash, slug string, ask lookup) (books.Identity, error) {
 	id, clock := k.recall(hash)
 	if id == nil {
 		var err error
-		if id, err = k.lookUp(ctx, hash); err != nil {
+		if id, err = k.lookUp(ctx, hash, ask); err != nil {
 			return books.Identity{}, err
 		}
 		clock = id.AsOf
@@ -304,7 +329,7 @@ func (k *Keyring) recall(hash apikey.Hash) (*books.Identity, time.Time) {
 }
 
 // lookUp asks the books, or waits for another request that asks them already.
-func (k *Keyring) lookUp(ctx context.Context, hash apikey.Hash) (*books.Identity, error) {
+func (k *Keyring) lookUp(ctx context.Context, hash apikey.Hash, ask lookup) (*books.Identity, error) {
 	now := time.Now()
 	k.mu.Lock()
 	if until, ok := k.missing[hash]; ok && now.Before(until) {
@@ -325,10 +350,10 @@ func (k *Keyring) lookUp(ctx context.Context, hash apikey.Hash) (*books.Identity
 	k.mu.Unlock()
 
 	// The others wait for the answer too, so one who leaves must not take it along.
-	lookup, cancel := context.WithTimeout(context.WithoutCancel(ctx), lookupTimeout)
+	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), lookupTimeout)
 	defer cancel()
 	defer close(f.done)
-	id, err := k.store.LookupKey(lookup, hash)
+	id, err := ask(bounded)
 	k.land(hash, f, &id, err)
 	return f.identity, f.err
 }

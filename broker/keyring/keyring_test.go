@@ -98,6 +98,22 @@ func (f *fake) LookupKey(ctx context.Context, hash apikey.Hash) (id books.Identi
 	return id, err
 }
 
+// LookupKeyID finds a key by the id that it was put with.
+func (f *fake) LookupKeyID(ctx context.Context, key schemas.KeyID) (id books.Identity, err error) {
+	err = f.call(ctx, func() error {
+		f.lookups++
+		for _, known := range f.keys {
+			if known.Key == key {
+				id = known
+				id.AsOf, id.Version = time.Now().Add(f.skew), f.version
+				return nil
+			}
+		}
+		return schemas.Errorf(schemas.CodeKeyInvalid, "unknown")
+	})
+	return id, err
+}
+
 func (f *fake) LookupAgent(ctx context.Context, hash credential.Hash) (id books.AgentIdentity, err error) {
 	err = f.call(ctx, func() error {
 		f.lookups++

@@ -3,7 +3,9 @@ package natsd
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 
@@ -12,10 +14,10 @@ import (
 
 // door lets clients in. It implements server.Authentication.
 type door struct {
-	token  string
-	agents access.Agents
-	log    *slog.Logger
-	srv    *server.Server // set before the server starts
+	token     string
+	directory access.Directory
+	log       *slog.Logger
+	srv       *server.Server // set before the server starts
 }
 
 // Check implements server.Authentication.
@@ -23,21 +25,31 @@ func (d *door) Check(c server.ClientAuthentication) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), access.AuthTimeout)
 	defer cancel()
 	who := c.GetOpts()
-	grant, err := access.Authenticate(ctx, d.agents, d.token, who.Username, who.Password)
+	login := access.Login{User: who.Username, Password: who.Password, Token: who.Token}
+	grant, err := access.Authenticate(ctx, d.directory, d.token, login)
+	if err == nil && (who.Nkey != "" || who.JWT != "") {
+		// The server would show these in place of the user, unchecked, and so hide who it is
+		// that is to be cut off.
+		err = fmt.Errorf("%s shows an nkey or a token of NATS, too: %w", grant.User, access.ErrDenied)
+	}
 	if err != nil {
 		level := slog.LevelError
 		if errors.Is(err, access.ErrDenied) {
 			level = slog.LevelInfo
 		}
-		d.log.Log(ctx, level, "not let in", "user", who.Username, "error", err)
+		d.log.Log(ctx, level, "not let in", "user", login.Name(), "error", err)
 		return false
 	}
 	account, err := d.srv.LookupAccount(grant.Account)
 	if err != nil {
-		d.log.Error("not let in", "user", who.Username, "account", grant.Account, "error", err)
+		d.log.Error("not let in", "user", login.Name(), "account", grant.Account, "error", err)
 		return false
 	}
-	c.RegisterUser(&server.User{Username: who.Username, Account: account, Permissions: permissions(grant)})
+	user := &server.User{Username: grant.User, Account: account, Permissions: permissions(grant)}
+	if grant.Remaining > 0 {
+		user.ConnectionDeadline = time.Now().Add(grant.Remaining)
+	}
+	c.RegisterUser(user)
 	return true
 }
 
@@ -46,9 +58,12 @@ func permissions(g access.Grant) *server.Permissions {
 	if g.All {
 		return nil
 	}
-	return &server.Permissions{
+	p := &server.Permissions{
 		Publish:   &server.SubjectPermission{Allow: g.Publish},
 		Subscribe: &server.SubjectPermission{Allow: g.Subscribe},
-		Response:  &server.ResponsePermission{MaxMsgs: access.Answers, Expires: access.AnswerWithin},
 	}
+	if g.Answer {
+		p.Response = &server.ResponsePermission{MaxMsgs: access.Answers, Expires: access.AnswerWithin}
+	}
+	return p
 }

@@ -30,8 +30,8 @@ type Config struct {
 	WebSocket string
 	// Token is the shared secret of edges and brokers, the password of the system users.
 	Token string
-	// Agents knows the credentials of the agents; nil lets none in.
-	Agents access.Agents
+	// Directory knows the credentials of agents and publishers; nil lets none in.
+	Directory access.Directory
 	// Log gets what the server has to say.
 	Log *slog.Logger
 }
@@ -65,7 +65,7 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 		port = 0
 	}
 	log := logger{cfg.Log.With("component", "nats"), new(atomic.Pointer[string])}
-	door := &door{token: cfg.Token, agents: cfg.Agents, log: log.log}
+	door := &door{token: cfg.Token, directory: cfg.Directory, log: log.log}
 	opts := &server.Options{
 		ServerName:   "ownllm",
 		Host:         host,

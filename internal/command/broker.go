@@ -11,7 +11,6 @@ import (
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/orphan"
-	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/broker/registry"
 )
@@ -20,6 +19,8 @@ import (
 type brokerCommand struct {
 	BusOptions
 	DatabaseOptions
+	DeadlineOptions
+	OpenOptions
 	QueueOptions
 	OpsOptions
 	LogOptions
@@ -59,6 +60,8 @@ func (c *brokerCommand) Validate() error {
 	var p problems
 	c.BusOptions.check(&p)
 	c.DatabaseOptions.check(&p, true)
+	c.DeadlineOptions.check(&p)
+	c.OpenOptions.check(&p)
 	c.QueueOptions.check(&p)
 	c.OpsOptions.check(&p)
 	return p.err()
@@ -84,7 +87,12 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer store.Close()
-	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, presence.NewTable(), nil, log)
+	own, err := newOwner(ctx, natsConfig, "ownllm-broker", store, tel, c.DeadlineOptions, c.OpenOptions, log)
+	if err != nil {
+		return err
+	}
+	defer own.close()
+	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, own, log)
 	if err != nil {
 		return err
 	}
@@ -99,7 +107,7 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 	}
 	log.Info("broker is up", "operations", ops.Addr().String())
 	parts := append([]part{opsPart(ops, tel, nil), {"callout", callout.Run}}, office.parts...)
-	return runParts(ctx, parts...)
+	return runParts(ctx, append(parts, own.parts()...)...)
 }
 
 // backOffice is what a broker does: it serves the workers, and settles what dead owners
@@ -110,13 +118,12 @@ type backOffice struct {
 	parts  []part
 }
 
-// newBackOffice provisions the queue. The feed is that of the table of agents; nil makes
-// one.
-func newBackOffice(ctx context.Context, natsConfig bus.Config, o QueueOptions, store *books.Store, agents *presence.Table, feed *presence.Feed, log *slog.Logger) (*backOffice, error) {
+// newBackOffice provisions the queue, and shares the table of agents with the owner.
+func newBackOffice(ctx context.Context, natsConfig bus.Config, o QueueOptions, store *books.Store, own *owner, log *slog.Logger) (*backOffice, error) {
 	c, err := connect(log,
-		natsConfig.As(bus.UserCore, "ownllm-broker"),
-		natsConfig.As(bus.UserAgents, "ownllm-broker-agents"),
-		natsConfig.As(bus.UserSystem, "ownllm-broker-system"))
+		natsConfig.As(bus.UserCore, "ownllm-office"),
+		natsConfig.As(bus.UserAgents, "ownllm-office-agents"),
+		natsConfig.As(bus.UserSystem, "ownllm-office-system"))
 	if err != nil {
 		return nil, err
 	}
@@ -129,15 +136,10 @@ func newBackOffice(ctx context.Context, natsConfig bus.Config, o QueueOptions, s
 		c.close()
 		return nil, err
 	}
-	b := &backOffice{conns: c, system: system}
-	if feed == nil {
-		feed = presence.NewFeed(nc, agents, log)
-		b.parts = append(b.parts, part{"presence", feed.Run}, part{"connections", watchConnections(feed, system)})
-	}
-	b.parts = append(b.parts,
-		part{"removals", func(ctx context.Context) error { return cutRemoved(ctx, store, system, log) }},
-		part{"registry", registry.New(nc, queue, store, agents, log).Run},
-		part{"sweeper", quota.NewSweeper(store, 0, log).Run},
-		part{"orphans", orphan.New(queue, store, agents, feed, log).Run})
-	return b, nil
+	return &backOffice{conns: c, system: system, parts: []part{
+		{"removals", (&removal{store: store, system: system, log: log}).run},
+		{"registry", registry.New(nc, queue, store, own.agents, log).Run},
+		{"sweeper", quota.NewSweeper(store, 0, log).Run},
+		{"orphans", orphan.New(queue, store, own.agents, own.feed, log).Run},
+	}}, nil
 }

@@ -10,9 +10,11 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/ownllm/ownllm/broker/access"
+	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/credential"
+	"github.com/ownllm/ownllm/broker/keyring"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/internal/telemetry"
@@ -55,28 +57,50 @@ func (c conns) close() {
 	}
 }
 
-// identities gives access what the books know of agents.
+// identities gives access what the books know of agents and of keys.
 type identities struct{ store *books.Store }
 
-// Agent implements access.Agents.
+// Agent implements access.Directory.
 func (i identities) Agent(ctx context.Context, hash credential.Hash) (access.Agent, error) {
 	id, err := i.store.LookupAgent(ctx, hash)
 	var a books.Agent
 	if err == nil {
 		a, err = i.store.GetAgent(ctx, id.Agent)
 	}
-	var refused *schemas.Error
-	switch {
-	case errors.As(err, &refused) && refused.Code != schemas.CodeInternalError:
-		return access.Agent{}, fmt.Errorf("%w: %w", access.ErrDenied, err)
-	case err != nil:
-		return access.Agent{}, err
+	if err != nil {
+		return access.Agent{}, denied(err)
 	}
 	agent := access.Agent{ID: a.ID, Tenant: a.Tenant}
 	for _, m := range a.Inventory.Models {
 		agent.Models = append(agent.Models, m.ID)
 	}
 	return agent, nil
+}
+
+// Publisher implements access.Directory. It asks the books, whose answer is as new as can
+// be, and not what is in memory: a connection lasts.
+func (i identities) Publisher(ctx context.Context, hash apikey.Hash) (access.Publisher, error) {
+	id, err := i.store.LookupKey(ctx, hash)
+	if err == nil {
+		err = keyring.Judge(id)
+	}
+	if err != nil {
+		return access.Publisher{}, denied(err)
+	}
+	p := access.Publisher{Key: id.Key, Secret: hash}
+	if id.ExpiresAt != nil {
+		p.Remaining = id.ExpiresAt.Sub(id.AsOf)
+	}
+	return p, nil
+}
+
+// denied marks an error of the books that says that somebody isn't known, or not valid.
+func denied(err error) error {
+	var refused *schemas.Error
+	if errors.As(err, &refused) && refused.Code != schemas.CodeInternalError {
+		return fmt.Errorf("%w: %w", access.ErrDenied, err)
+	}
+	return err
 }
 
 // openBooks opens the books at an address, and brings their schema up to date.

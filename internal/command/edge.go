@@ -14,23 +14,30 @@ type edgeCommand struct {
 	AgentOptions
 	DatabaseOptions
 	DeadlineOptions
+	OpenOptions
 	LimitOptions
 	AdminTokenFile string `placeholder:"FILE" help:"File with the admin token, - for standard input; or give the token itself in $$OWNLLM_ADMIN_TOKEN. Without one the admin API is closed."`
 	LogOptions
 }
 
-// LimitOptions bound what one address may get wrong, and what a request gets that states
-// no limit itself.
+// OpenOptions say what a request gets that states no limit itself.
+type OpenOptions struct {
+	OpenTokens int64 `default:"1024" placeholder:"N" help:"Tokens that are reserved at first for a reply whose client gave no limit; more are asked for as it goes on. Default: 1024."`
+}
+
+func (o OpenOptions) check(p *problems) {
+	if o.OpenTokens < 1 || o.OpenTokens > books.MaxTokens {
+		p.add("--open-tokens: %d isn't from 1 to %d", o.OpenTokens, int64(books.MaxTokens))
+	}
+}
+
+// LimitOptions bound what one address may get wrong.
 type LimitOptions struct {
-	OpenTokens   int64   `default:"1024" placeholder:"N" help:"Tokens that are reserved at first for a reply whose client gave no limit; more are asked for as it goes on. Default: 1024."`
 	FailureRate  float64 `default:"20" placeholder:"N" help:"Bad requests that one address may make each second. Default: 20."`
 	FailureBurst int     `default:"200" placeholder:"N" help:"Bad requests that one address may make at once. Default: 200."`
 }
 
 func (o LimitOptions) check(p *problems) {
-	if o.OpenTokens < 1 || o.OpenTokens > books.MaxTokens {
-		p.add("--open-tokens: %d isn't from 1 to %d", o.OpenTokens, int64(books.MaxTokens))
-	}
 	if o.FailureRate <= 0 {
 		p.add("--failure-rate: %g isn't more than 0", o.FailureRate)
 	}
@@ -59,6 +66,7 @@ func (c *edgeCommand) Validate() error {
 	c.AgentOptions.check(&p)
 	c.DatabaseOptions.check(&p, true)
 	c.DeadlineOptions.check(&p)
+	c.OpenOptions.check(&p)
 	c.LimitOptions.check(&p)
 	return p.err()
 }
@@ -87,17 +95,18 @@ func (c *edgeCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer store.Close()
-	front, err := newFront(ctx, natsConfig, store, tel, frontOptions{
-		http: c.HTTPOptions, deadlines: c.DeadlineOptions, limits: c.LimitOptions, adminToken: token, agentNATSURL: c.AgentNATSURL,
-	}, log)
+	own, err := newOwner(ctx, natsConfig, "ownllm-edge", store, tel, c.DeadlineOptions, c.OpenOptions, log)
 	if err != nil {
 		return err
 	}
-	defer front.close()
+	defer own.close()
+	door := newEdge(own, store, tel, frontOptions{
+		http: c.HTTPOptions, deadlines: c.DeadlineOptions, limits: c.LimitOptions, adminToken: token, agentNATSURL: c.AgentNATSURL,
+	}, log)
 	api, ops, err := c.ListenOptions.open()
 	if err != nil {
 		return err
 	}
 	log.Info("edge is up", "address", api.Addr().String(), "operations", ops.Addr().String())
-	return runParts(ctx, append(front.parts(), opsPart(ops, tel, front.edge), front.serve(api))...)
+	return runParts(ctx, append(own.parts(), opsPart(ops, tel, door), serveHTTP(door, api))...)
 }

@@ -12,7 +12,7 @@ type natsConfigCommand struct{ TokenOptions }
 // Help shows examples.
 func (natsConfigCommand) Help() string {
 	return `Prints the configuration of a nats-server: the accounts, and that ` + "`ownllm broker`" + ` lets
-agents in. The output holds the secret. Addresses, TLS, the folder of JetStream and the
+agents and publishers in. The output holds the secret. Addresses, TLS, the folder of JetStream and the
 other servers of a cluster are for you to add, by flags or in a file that includes this
 one. For workers that come by WebSocket add a websocket block.
 

@@ -13,6 +13,7 @@ import (
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/natsd"
+	"github.com/ownllm/ownllm/edge"
 	"github.com/ownllm/ownllm/internal/adminapi"
 	"github.com/ownllm/ownllm/internal/postgres"
 	"github.com/ownllm/ownllm/internal/secret"
@@ -29,6 +30,7 @@ type upCommand struct {
 	DatabaseOptions
 	HTTPOptions
 	DeadlineOptions
+	OpenOptions
 	LimitOptions
 	QueueOptions
 	AdminTokenFile string `placeholder:"FILE" help:"File with the admin token, - for standard input; or give the token itself in $$OWNLLM_ADMIN_TOKEN. Without either one is made on the first run."`
@@ -60,6 +62,7 @@ func (c *upCommand) Validate() error {
 	c.DatabaseOptions.check(&p, false)
 	c.HTTPOptions.check(&p)
 	c.DeadlineOptions.check(&p)
+	c.OpenOptions.check(&p)
 	c.LimitOptions.check(&p)
 	c.QueueOptions.check(&p)
 	return p.err()
@@ -116,7 +119,7 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 	defer store.Close()
 	nats, err := natsd.Start(ctx, natsd.Config{
 		Listen: c.NATSListen, WebSocket: c.NATSWebSocket, StoreDir: filepath.Join(dir, "nats"),
-		Token: secrets.nats.Reveal(), Agents: identities{store}, Log: log,
+		Token: secrets.nats.Reveal(), Directory: identities{store}, Log: log,
 	})
 	if err != nil {
 		return err
@@ -127,15 +130,16 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 	if err != nil {
 		return unavailable(err)
 	}
-	front, err := newFront(ctx, natsConfig, store, tel, frontOptions{
-		http: c.HTTPOptions, deadlines: c.DeadlineOptions, limits: c.LimitOptions, adminToken: secrets.admin,
-		agentNATSURL: c.AgentNATSURL, natsPort: portOf(nats.URL()),
-	}, log)
+	owner, err := newOwner(ctx, natsConfig, "ownllm-edge", store, tel, c.DeadlineOptions, c.OpenOptions, log)
 	if err != nil {
 		return err
 	}
-	defer front.close()
-	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, front.agents, front.feed, log)
+	defer owner.close()
+	door := newEdge(owner, store, tel, frontOptions{
+		http: c.HTTPOptions, deadlines: c.DeadlineOptions, limits: c.LimitOptions, adminToken: secrets.admin,
+		agentNATSURL: c.AgentNATSURL, natsPort: portOf(nats.URL()),
+	}, log)
+	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, owner, log)
 	if err != nil {
 		return err
 	}
@@ -169,12 +173,12 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 	}
 	parts = append(parts, demoParts...)
 	parts = append(parts, office.parts...)
-	parts = append(parts, front.parts()...)
+	parts = append(parts, owner.parts()...)
 	parts = append(parts,
 		part{"worker", w.Run},
-		opsPart(ops, tel, front.edge),
-		front.serve(api),
-		part{"announcement", func(ctx context.Context) error { return announce(ctx, env, front, ready, dir, string(tenant.ID)) }},
+		opsPart(ops, tel, door),
+		serveHTTP(door, api),
+		part{"announcement", func(ctx context.Context) error { return announce(ctx, env, owner, door, ready, dir, string(tenant.ID)) }},
 	)
 	return runParts(ctx, parts...)
 }
@@ -216,7 +220,7 @@ const (
 )
 
 // announce says that everything is up, once it is, and takes that back at the end.
-func announce(ctx context.Context, env *Environment, f *front, ready adminapi.Ready, dir, tenant string) (err error) {
+func announce(ctx context.Context, env *Environment, w *owner, door *edge.Edge, ready adminapi.Ready, dir, tenant string) (err error) {
 	give := time.NewTimer(learnWait)
 	defer give.Stop()
 	look := time.NewTicker(lookEvery)
@@ -228,8 +232,8 @@ func announce(ctx context.Context, env *Environment, f *front, ready adminapi.Re
 		case <-give.C:
 			waiting = false // no backend answers; `ownllm status` tells which
 		case <-look.C:
-			ready.Models = f.models(tenant)
-			waiting = !f.edge.Readiness(ctx).Ready || len(ready.Models) == 0
+			ready.Models = w.models(tenant)
+			waiting = !door.Readiness(ctx).Ready || len(ready.Models) == 0
 		}
 	}
 	if err := ready.Write(dir); err != nil {

@@ -12,6 +12,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/ownllm/ownllm/broker/access"
+	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/credential"
 	"github.com/ownllm/ownllm/broker/natsd"
@@ -34,7 +35,7 @@ func Start(t testing.TB) *Server {
 	t.Helper()
 	s := &Server{t: t, agents: NewAgents()}
 	s.cfg = natsd.Config{
-		Listen: "127.0.0.1:0", WebSocket: "127.0.0.1:0", StoreDir: t.TempDir(), Token: "secret", Agents: s.agents, Log: Log,
+		Listen: "127.0.0.1:0", WebSocket: "127.0.0.1:0", StoreDir: t.TempDir(), Token: "secret", Directory: s.agents, Log: Log,
 	}
 	s.start()
 	t.Cleanup(func() { s.server.Stop() })
@@ -89,6 +90,12 @@ func (s *Server) System() *nats.Conn {
 	return s.Open(s.Config("system").As(bus.UserSystem, "system"))
 }
 
+// Ingress opens a connection to the publishers' account, as brokers have it.
+func (s *Server) Ingress(name string) *nats.Conn {
+	s.t.Helper()
+	return s.Open(s.Config(name).As(bus.UserIngress, name))
+}
+
 // Open opens a connection that ends with the test.
 func (s *Server) Open(cfg bus.Config) *nats.Conn {
 	s.t.Helper()
@@ -140,14 +147,58 @@ func Credential(id schemas.AgentID) credential.Secret {
 	return credential.DeriveAgent(sha256.Sum256([]byte(id)))
 }
 
-// Agents implements access.Agents, and stands for what the books know.
+// Publisher opens a connection of a client that shows a key as its password, and may do no
+// more than any publisher. Its inbox is that of the key's id.
+func (s *Server) Publisher(id schemas.KeyID, key apikey.Key) *nats.Conn {
+	s.t.Helper()
+	return s.Open(s.agents.PublisherConfig(s.Config("publisher"), id, key))
+}
+
+// Agents implements access.Directory, and stands for what the books know: of publishers, too.
 type Agents struct {
-	mu    sync.Mutex
-	known map[credential.Hash]access.Agent
+	mu         sync.Mutex
+	known      map[credential.Hash]access.Agent
+	publishers map[apikey.Hash]access.Publisher
 }
 
 // NewAgents returns nobody.
-func NewAgents() *Agents { return &Agents{known: make(map[credential.Hash]access.Agent)} }
+func NewAgents() *Agents {
+	return &Agents{known: make(map[credential.Hash]access.Agent), publishers: make(map[apikey.Hash]access.Publisher)}
+}
+
+// PublisherConfig makes a key known, and returns what its holder needs to connect to the
+// server of the configuration.
+func (a *Agents) PublisherConfig(cfg bus.Config, id schemas.KeyID, key apikey.Key) bus.Config {
+	a.Issue(id, key, 0)
+	cfg = cfg.As("anybody", "publisher")
+	cfg.Password, cfg.InboxPrefix = key.Reveal(), schemas.PublisherInboxPrefix(id)
+	return cfg
+}
+
+// Issue makes a key known for as long as remains; 0: for ever.
+func (a *Agents) Issue(id schemas.KeyID, key apikey.Key, remaining time.Duration) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.publishers[key.Hash()] = access.Publisher{Key: id, Secret: key.Hash(), Remaining: remaining}
+}
+
+// Revoke makes a key unknown.
+func (a *Agents) Revoke(key apikey.Key) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.publishers, key.Hash())
+}
+
+// Publisher implements access.Directory.
+func (a *Agents) Publisher(_ context.Context, hash apikey.Hash) (access.Publisher, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p, ok := a.publishers[hash]
+	if !ok {
+		return access.Publisher{}, access.ErrDenied
+	}
+	return p, nil
+}
 
 // Config makes an agent known with the models that it may pull, and returns what its
 // worker needs to connect to the server of the configuration.
@@ -172,7 +223,7 @@ func (a *Agents) Remove(id schemas.AgentID) {
 	delete(a.known, Credential(id).Hash())
 }
 
-// Agent implements access.Agents.
+// Agent implements access.Directory.
 func (a *Agents) Agent(_ context.Context, hash credential.Hash) (access.Agent, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -1,4 +1,6 @@
-package edge
+// Package roster keeps a table of agents true to the books: an agent that was paired is in it
+// before its first heartbeat, and one that was removed isn't, whatever is still on its way.
+package roster
 
 import (
 	"context"
@@ -12,10 +14,11 @@ import (
 	"github.com/ownllm/ownllm/schemas"
 )
 
-// roster keeps the table of agents true to the books: an agent that was paired is in it
-// before its first heartbeat, and one that was removed isn't, whatever is still on its way.
-type roster struct {
-	wake chan struct{} // holds one token: there is something to do
+// Roster is safe for concurrent use.
+type Roster struct {
+	store *books.Store
+	table *presence.Table
+	wake  chan struct{} // holds one token: there is something to do
 
 	mu  sync.Mutex
 	all bool // anything may have changed
@@ -27,23 +30,25 @@ type roster struct {
 }
 
 const (
-	// rosterEvery is how often a look at the books that failed is tried again, and removed
+	// lookEvery is how often a look at the books that failed is tried again, and removed
 	// agents are thrown out again.
-	rosterEvery = 250 * time.Millisecond
-	rosterWait  = 5 * time.Second
+	lookEvery = 250 * time.Millisecond
+	lookWait  = 5 * time.Second
 	// keptOut is how long a removed agent is kept out. Its connection is cut within a
 	// second.
 	keptOut = 30 * time.Second
 )
 
-func newRoster() *roster {
-	return &roster{
+// New returns a roster that makes the table true to the books of the store.
+func New(store *books.Store, table *presence.Table) *Roster {
+	return &Roster{
+		store: store, table: table,
 		wake: make(chan struct{}, 1), due: make(map[schemas.AgentID]bool), removed: make(map[schemas.AgentID]time.Time),
 	}
 }
 
-// changed notes a change of the books; see keyring.OnChange.
-func (r *roster) changed(kind books.Kind, id string) {
+// Changed notes a change of the books; see keyring.OnChange.
+func (r *Roster) Changed(kind books.Kind, id string) {
 	if kind != books.KindAgent && kind != "" {
 		return
 	}
@@ -61,7 +66,7 @@ func (r *roster) changed(kind books.Kind, id string) {
 }
 
 // take returns what is to be looked up.
-func (r *roster) take() (ids []schemas.AgentID, all bool) {
+func (r *Roster) take() (ids []schemas.AgentID, all bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for id := range r.due {
@@ -73,41 +78,63 @@ func (r *roster) take() (ids []schemas.AgentID, all bool) {
 	return ids, all
 }
 
-// tend works until ctx ends.
-func (r *roster) tend(ctx context.Context, store *books.Store, table *presence.Table) {
-	tick := time.NewTicker(rosterEvery)
+// Run works until ctx ends. It returns nil.
+func (r *Roster) Run(ctx context.Context) error {
+	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
 	for {
 		ids, all := r.take()
 		for _, id := range ids {
-			if err := r.look(ctx, store, table, id); err != nil {
-				r.changed(books.KindAgent, string(id))
+			if err := r.look(ctx, id); err != nil {
+				r.Changed(books.KindAgent, string(id))
 			}
 		}
 		if all {
-			if err := r.lookAtAll(ctx, store, table); err != nil {
-				r.changed("", "")
+			if err := r.lookAtAll(ctx); err != nil {
+				r.Changed("", "")
 			}
 		}
-		r.keepOut(table, time.Now())
+		r.keepOut(time.Now())
 		wake := r.wake
 		if len(ids) > 0 || all {
 			wake = nil // what failed is tried again, but not at once
 		}
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-tick.C:
 		case <-wake:
 		}
 	}
 }
 
+// Restore tells the table of every agent that the books know. It belongs before Run.
+func (r *Roster) Restore(ctx context.Context) error {
+	return r.each(ctx, func(books.Agent) {})
+}
+
+// each tells the table of every agent that the books know, and calls f with each.
+func (r *Roster) each(ctx context.Context, f func(books.Agent)) error {
+	for p := (books.Page{Limit: 1000}); ; {
+		list, next, err := r.store.ListAgents(ctx, "", p)
+		if err != nil {
+			return err
+		}
+		for _, a := range list {
+			f(a)
+			r.table.Restore(knownAgent(a))
+		}
+		if p.After = next; next == "" {
+			return nil
+		}
+	}
+}
+
 // look makes the table true about one agent.
-func (r *roster) look(ctx context.Context, store *books.Store, table *presence.Table, id schemas.AgentID) error {
-	ctx, cancel := context.WithTimeout(ctx, rosterWait)
+func (r *Roster) look(ctx context.Context, id schemas.AgentID) error {
+	ctx, cancel := context.WithTimeout(ctx, lookWait)
 	defer cancel()
-	a, err := store.GetAgent(ctx, id)
+	a, err := r.store.GetAgent(ctx, id)
 	var refused *schemas.Error
 	switch {
 	case errors.As(err, &refused) && refused.Code == schemas.CodeNotFound:
@@ -117,34 +144,24 @@ func (r *roster) look(ctx context.Context, store *books.Store, table *presence.T
 	case err != nil:
 		return err
 	default:
-		table.Restore(knownAgent(a))
+		r.table.Restore(knownAgent(a))
 	}
 	return nil
 }
 
 // lookAtAll makes the table true about every agent that was made or removed. One that is in
 // the table and not yet in the books stays if it is heard of: it comes back.
-func (r *roster) lookAtAll(ctx context.Context, store *books.Store, table *presence.Table) error {
-	ctx, cancel := context.WithTimeout(ctx, rosterWait)
+func (r *Roster) lookAtAll(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, lookWait)
 	defer cancel()
-	before := table.Agents("")
+	before := r.table.Agents("")
 	known := make(map[schemas.AgentID]bool)
-	for p := (books.Page{Limit: 1000}); ; {
-		list, next, err := store.ListAgents(ctx, "", p)
-		if err != nil {
-			return err
-		}
-		for _, a := range list {
-			known[a.ID] = true
-			table.Restore(knownAgent(a))
-		}
-		if p.After = next; next == "" {
-			break
-		}
+	if err := r.each(ctx, func(a books.Agent) { known[a.ID] = true }); err != nil {
+		return err
 	}
 	for _, a := range before {
 		if !known[a.Agent] {
-			r.changed(books.KindAgent, string(a.Agent))
+			r.Changed(books.KindAgent, string(a.Agent))
 		}
 	}
 	return nil
@@ -156,7 +173,7 @@ func knownAgent(a books.Agent) presence.Known {
 
 // keepOut throws removed agents out of the table. Whoever waits for one is told first that
 // it is gone.
-func (r *roster) keepOut(table *presence.Table, now time.Time) {
+func (r *Roster) keepOut(now time.Time) {
 	r.mu.Lock()
 	maps.DeleteFunc(r.removed, func(_ schemas.AgentID, until time.Time) bool { return now.After(until) })
 	removed := maps.Clone(r.removed)
@@ -164,10 +181,10 @@ func (r *roster) keepOut(table *presence.Table, now time.Time) {
 	if len(removed) == 0 {
 		return
 	}
-	for _, a := range table.Agents("") {
+	for _, a := range r.table.Agents("") {
 		if _, ok := removed[a.Agent]; ok {
-			table.Lost(a.Tenant, a.Agent, "")
-			table.Forget(a.Tenant, a.Agent)
+			r.table.Lost(a.Tenant, a.Agent, "")
+			r.table.Forget(a.Tenant, a.Agent)
 		}
 	}
 }
