@@ -8,6 +8,7 @@ import (
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/desk"
 	"github.com/ownllm/ownllm/broker/dispatch"
+	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -19,7 +20,7 @@ const maxCompletion = 64 << 20
 // *schemas.Error as its cause, when the run is to be broken off.
 func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
 	defer s.forget(c)
-	req, err := s.request(ctx, c)
+	req, series, err := s.request(ctx, c)
 	if err != nil {
 		s.refused(ctx, c, nil, err, quota.Rate{})
 		return
@@ -37,6 +38,7 @@ func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
 	completion, failure := s.read(ctx, req.Key, reply)
 	if failure != nil {
 		reply.Close()
+		desk.Record(ctx, series, reply, failure.Code, false)
 		s.refused(ctx, c, reply, failure, quota.Rate{Known: true})
 		return
 	}
@@ -44,19 +46,23 @@ func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
 	// between, the request isn't run again, and its worker reports what it cost.
 	recorded := s.end(ctx, c, books.End{Request: req.ID, Completion: completion, Usage: reply.Usage()})
 	desk.Settle(reply)
+	desk.Record(ctx, series, reply, metric.CodeOK, false)
 	s.publish(ctx, c, recorded)
 }
 
 // request makes the request of a claim, under an id of its own.
-func (s *Scheduler) request(ctx context.Context, c *books.Claim) (dispatch.Request, error) {
+func (s *Scheduler) request(ctx context.Context, c *books.Claim) (dispatch.Request, *metric.Series, error) {
 	id, err := s.Keys.Identify(ctx, c.Key)
 	if err != nil {
-		return dispatch.Request{}, err
+		return dispatch.Request{}, nil, err
 	}
-	req, _, err := s.Desk.Chat(id, desk.Call{ID: schemas.NewRequestID(), Received: time.Now(), Body: c.Request})
+	req, model, err := s.Desk.Chat(id, desk.Call{ID: schemas.NewRequestID(), Received: time.Now(), Body: c.Request})
 	// The result is one piece, whatever the publisher would have liked over HTTP.
 	req.Stream, req.IncludeUsage, req.Continuable = false, false, false
-	return req, err
+	if err != nil {
+		return req, nil, err
+	}
+	return req, s.Metrics.Series(schemas.OperationChat, model.Backend, req.Model), nil
 }
 
 // enter notes that a run goes to its model, or reports that there is no room. A little more
@@ -137,7 +143,7 @@ func (s *Scheduler) refused(ctx context.Context, c *books.Claim, reply *dispatch
 		s.Log.ErrorContext(ctx, "submission failed", "error", err)
 	}
 	v := judge(failure, reply != nil && !reply.Timing().Claimed.IsZero(), rate)
-	if context.Cause(ctx) == error(desk.ErrShuttingDown) && failure == desk.ErrShuttingDown { //nolint:errorlint // this very one
+	if ctx.Err() != nil && (reply == nil || failure == desk.ErrShuttingDown) {
 		v = verdict{waits: books.WaitsForNothing} // the run was broken off by us
 	}
 	switch {
@@ -145,8 +151,7 @@ func (s *Scheduler) refused(ctx context.Context, c *books.Claim, reply *dispatch
 		s.Log.WarnContext(ctx, "a submission is given up, because its runs get lost", "key", c.Key, "error", failure)
 		s.publish(ctx, c, s.end(ctx, c, books.End{Err: books.ErrPoison()}))
 	case v.waits == "":
-		e := books.End{Err: failure}
-		s.publish(ctx, c, s.end(ctx, c, e))
+		s.publish(ctx, c, s.end(ctx, c, books.End{Err: failure}))
 	default:
 		r := books.Return{Claim: c, For: v.waits, Code: failure.Code, Pause: v.pause, Tries: c.Tries, Lost: v.lost}
 		if r.For == books.WaitsForModel || r.For == books.WaitsForMoney || r.For == books.WaitsForSlot {

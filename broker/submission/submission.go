@@ -45,6 +45,7 @@ import (
 	"github.com/ownllm/ownllm/broker/desk"
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/keyring"
+	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/schemas"
@@ -101,6 +102,8 @@ type Parts struct {
 	Feed       *presence.Feed
 	Gate       *quota.Gate
 	Dispatcher *dispatch.Dispatcher
+	// Metrics may be nil.
+	Metrics *metric.Instruments
 	// Ingress is a connection to the account of publishers.
 	Ingress *nats.Conn
 	Log     *slog.Logger
@@ -112,11 +115,10 @@ type Scheduler struct {
 	cfg  Config
 	wake chan struct{} // holds one token: something may be claimed
 
-	mu       sync.Mutex
-	running  map[int64]int64   // the runs that this process has, by submission
-	under    map[place]int     // how many of them are at a model
-	draining bool              // nothing new is begun
-	waiting  map[name][]waiter // for results
+	mu      sync.Mutex
+	running map[int64]int64   // the runs that this process has, by submission
+	under   map[place]int     // how many of them are at a model
+	waiting map[name][]waiter // for results
 }
 
 // place is a model of a tenant.
@@ -174,9 +176,6 @@ func (s *Scheduler) Run(ctx context.Context) error {
 		return nil
 	})
 	_ = loops.Wait() // they return nothing
-	s.mu.Lock()
-	s.draining = true
-	s.mu.Unlock()
 	drained := time.AfterFunc(s.cfg.Drain, func() { end(desk.ErrShuttingDown) })
 	defer drained.Stop()
 	runs.Wait()
