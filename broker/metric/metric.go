@@ -50,6 +50,9 @@ const (
 	NameQueueDepth = "ownllm.queue.depth"
 	// NameFailovers counts the attempts after a request's first.
 	NameFailovers = "ownllm.failovers"
+	// NameDropped counts the requests of publishers that couldn't be answered, by reason:
+	// DropNoReply or DropForeignReply.
+	NameDropped = "ownllm.ingress.dropped"
 
 	attrCode = attribute.Key("code")
 )
@@ -60,6 +63,14 @@ const (
 	CodeOK schemas.Code = "ok"
 	// CodeClientGone is a client that left before the end.
 	CodeClientGone schemas.Code = "client_gone"
+)
+
+// Why a request of a publisher couldn't be answered.
+const (
+	// DropNoReply is one without a reply subject.
+	DropNoReply = "no_reply"
+	// DropForeignReply is one whose reply subject isn't in the inbox of its key.
+	DropForeignReply = "foreign_reply"
 )
 
 const (
@@ -87,6 +98,7 @@ type Instruments struct {
 	requestActive otelmetric.Int64UpDownCounter
 	streamActive  otelmetric.Int64UpDownCounter
 	failovers     otelmetric.Int64Counter
+	dropped       otelmetric.Int64Counter
 	topUps        otelmetric.Int64Counter
 	admission     otelmetric.Float64Histogram
 	queueWait     otelmetric.Float64Histogram
@@ -138,6 +150,7 @@ func New(provider otelmetric.MeterProvider) (*Instruments, error) {
 		requestActive: level(NameRequestActive, "{request}", "Requests in flight."),
 		streamActive:  level(NameStreamActive, "{stream}", "Streaming replies that are open."),
 		failovers:     counter(NameFailovers, "{attempt}", "Attempts after the first of a request."),
+		dropped:       counter(NameDropped, "{request}", "Requests of publishers that couldn't be answered, by reason."),
 		topUps:        counter(NameTopUps, "{request}", "Times that a reply was given more tokens in mid-stream, or refused them."),
 		admission:     seconds(NameAdmission, "Time that the books took to admit or refuse a request.", bucketsWait),
 		queueWait:     seconds(NameQueueWait, "Time from publishing a job to granting its claim.", bucketsWait),
@@ -222,6 +235,24 @@ func (i *Instruments) Failover(ctx context.Context) {
 		i.failovers.Add(ctx, 1)
 	}
 }
+
+// Dropped counts a request of a publisher that couldn't be answered, by reason:
+// DropNoReply, or DropForeignReply.
+func (i *Instruments) Dropped(ctx context.Context, reason string) {
+	if i == nil {
+		return
+	}
+	option := droppedForeign
+	if reason == DropNoReply {
+		option = droppedNoReply
+	}
+	i.dropped.Add(ctx, 1, option)
+}
+
+var (
+	droppedNoReply = otelmetric.WithAttributeSet(attribute.NewSet(attribute.String("reason", DropNoReply)))
+	droppedForeign = otelmetric.WithAttributeSet(attribute.NewSet(attribute.String("reason", DropForeignReply)))
+)
 
 // Series returns the series of one operation ("chat"), provider (the kind of
 // backend: "vllm") and model. Ask for it once a request and keep it.

@@ -1,7 +1,7 @@
 // Package trace carries traces over the bus and names the spans of a request, so
 // that edge, broker and worker draw one picture of it:
 //
-//	POST /v1/chat/completions   server    edge
+//	POST /v1/chat/completions   server    edge (or process ownllm.v1.in.chat, broker)
 //	└ send ownllm.v1.job        producer  owner
 //	  └ process ownllm.v1.job   consumer  worker
 //	    └ chat llama-3.3-70b    client    worker, around its call of the backend
@@ -82,6 +82,20 @@ func (t *Tracer) Serve(ctx context.Context, method, route string) (context.Conte
 	}
 	return t.tracer.Start(ctx, method+" "+route, oteltrace.WithSpanKind(oteltrace.SpanKindServer),
 		oteltrace.WithAttributes(attrMethod.String(method), attrRoute.String(route)))
+}
+
+// InDestination stands for the subjects of publishers' requests in the names of spans.
+const InDestination = schemas.Prefix + "in"
+
+// Take starts the span of a publisher's request, from the bus. The parent is what ctx
+// holds, so Extract comes first.
+func (t *Tracer) Take(ctx context.Context, operation string) (context.Context, oteltrace.Span) {
+	if t == nil {
+		return ctx, off
+	}
+	return t.tracer.Start(ctx, "process "+InDestination+"."+operation, oteltrace.WithSpanKind(oteltrace.SpanKindServer),
+		oteltrace.WithAttributes(attrSystem.String("nats"), attrTemplate.String(InDestination+"."+operation),
+			attrOpType.String("process"), attrOpName.String(operation)))
 }
 
 // Send starts the span of a job's publishing. Inject its context into the headers of

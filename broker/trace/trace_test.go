@@ -86,6 +86,7 @@ func TestOff(t *testing.T) {
 	header := map[string][]string{"traceparent": {parent}}
 	starts := map[string]func(context.Context) (context.Context, oteltrace.Span){
 		"Serve": func(ctx context.Context) (context.Context, oteltrace.Span) { return off.Serve(ctx, "POST", "/v1") },
+		"Take":  func(ctx context.Context) (context.Context, oteltrace.Span) { return off.Take(ctx, "chat") },
 		"Send":  func(ctx context.Context) (context.Context, oteltrace.Span) { return off.Send(ctx, job) },
 		"Process": func(ctx context.Context) (context.Context, oteltrace.Span) {
 			return off.Process(ctx, header, job, false)

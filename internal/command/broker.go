@@ -10,6 +10,7 @@ import (
 	"github.com/ownllm/ownllm/broker/access"
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/ingress"
 	"github.com/ownllm/ownllm/broker/orphan"
 	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/broker/registry"
@@ -47,7 +48,8 @@ func (o QueueOptions) check(p *problems) {
 
 // Help shows examples.
 func (brokerCommand) Help() string {
-	return `Makes the queues, answers the workers, and settles what dead owners left behind. Run two, against the same NATS and Postgres.
+	return `Makes the queues, answers the workers and the publishers on NATS, and settles what dead
+owners left behind. Run two, against the same NATS and Postgres.
 
 Examples:
 
@@ -97,6 +99,11 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer office.conns.close()
+	door, link, err := newIngress(own, natsConfig, tel, ingress.Config{Drain: c.DrainTimeout}, log)
+	if err != nil {
+		return err
+	}
+	defer link.close()
 	callout, err := access.NewCallout(office.system, identities{store}, natsConfig.Password, log)
 	if err != nil {
 		return err
@@ -107,7 +114,8 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 	}
 	log.Info("broker is up", "operations", ops.Addr().String())
 	parts := append([]part{opsPart(ops, tel, nil), {"callout", callout.Run}}, office.parts...)
-	return runParts(ctx, append(parts, own.parts()...)...)
+	parts = append(parts, own.parts()...)
+	return runParts(ctx, append(parts, part{"ingress", door.Run})...)
 }
 
 // backOffice is what a broker does: it serves the workers, and settles what dead owners

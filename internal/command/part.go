@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"os"
 	"runtime/debug"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // part is something that runs until its context ends.
@@ -47,6 +50,27 @@ func runParts(ctx context.Context, parts ...part) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// together makes one part of several, which stop at the same time: doors that drain.
+func together(parts ...part) part {
+	names := make([]string, len(parts))
+	for i, p := range parts {
+		names[i] = p.name
+	}
+	return part{strings.Join(names, " and "), func(ctx context.Context) error {
+		group, ctx := errgroup.WithContext(ctx)
+		for _, p := range parts {
+			group.Go(func() error {
+				err := p.run(ctx)
+				if err == nil && ctx.Err() == nil {
+					err = errors.New(p.name + " has stopped by itself")
+				}
+				return err
+			})
+		}
+		return group.Wait()
+	}}
 }
 
 // collectorPercent is how much the heap may grow between two collections. A role keeps

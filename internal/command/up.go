@@ -12,6 +12,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/ingress"
 	"github.com/ownllm/ownllm/broker/natsd"
 	"github.com/ownllm/ownllm/edge"
 	"github.com/ownllm/ownllm/internal/adminapi"
@@ -139,6 +140,11 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 		http: c.HTTPOptions, deadlines: c.DeadlineOptions, limits: c.LimitOptions, adminToken: secrets.admin,
 		agentNATSURL: c.AgentNATSURL, natsPort: portOf(nats.URL()),
 	}, log)
+	side, link, err := newIngress(owner, natsConfig, tel, ingress.Config{BodyLimit: int(c.BodyLimit), Drain: c.DrainTimeout}, log)
+	if err != nil {
+		return err
+	}
+	defer link.close()
 	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, owner, log)
 	if err != nil {
 		return err
@@ -177,7 +183,7 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 	parts = append(parts,
 		part{"worker", w.Run},
 		opsPart(ops, tel, door),
-		serveHTTP(door, api),
+		together(part{"ingress", side.Run}, serveHTTP(door, api)),
 		part{"announcement", func(ctx context.Context) error { return announce(ctx, env, owner, door, ready, dir, string(tenant.ID)) }},
 	)
 	return runParts(ctx, parts...)
