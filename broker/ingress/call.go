@@ -76,7 +76,7 @@ func (in *Ingress) takeOther(m *nats.Msg) {
 		return
 	}
 	c := &call{in: in, id: schemas.NewRequestID(), inbox: m.Reply}
-	c.finish(schemas.Errorf(schemas.CodeNotFound, "There is no operation %q; there are chat, models, whoami and cancel.", name))
+	c.finish(schemas.Errorf(schemas.CodeNotFound, "There is no operation %q; there are chat, models, whoami, cancel, submit and result.", name))
 }
 
 // drop counts a message that can't be answered.
@@ -220,6 +220,11 @@ func (c *call) tell(answer any) error {
 	if err != nil {
 		return err
 	}
+	return c.publish(b)
+}
+
+// publish sends the encoded form of such an answer.
+func (c *call) publish(b []byte) error {
 	if err := c.in.Conn.Publish(c.inbox, b); err != nil && !bus.Down(err) {
 		return err
 	}

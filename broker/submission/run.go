@@ -2,6 +2,7 @@ package submission
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"time"
 
@@ -115,6 +116,8 @@ func (s *Scheduler) read(ctx context.Context, key schemas.KeyID, reply *dispatch
 			return "", e.Err
 		case len(body) > maxCompletion:
 			reply.Interrupt(schemas.Errorf(schemas.CodeBackendError, "The reply is larger than %d bytes.", maxCompletion))
+		case e.Kind == dispatch.EventDone && !json.Valid(body):
+			return "", schemas.Errorf(schemas.CodeBackendError, "The inference backend sent something that isn't JSON.")
 		case e.Kind == dispatch.EventDone:
 			return string(body), nil
 		}
