@@ -60,6 +60,7 @@ func (s *Scheduler) request(ctx context.Context, c *books.Claim) (dispatch.Reque
 	req, model, err := s.Desk.Chat(id, desk.Call{ID: schemas.NewRequestID(), Received: time.Now(), Body: c.Request})
 	// The result is one piece, whatever the publisher would have liked over HTTP.
 	req.Stream, req.IncludeUsage, req.Continuable = false, false, false
+	req.Once = true // what kills the workers that run it must not go on to the next
 	if err != nil {
 		return req, nil, err
 	}
