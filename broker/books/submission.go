@@ -182,9 +182,7 @@ type Claim struct {
 func (s *Store) ClaimSubmissions(ctx context.Context, lease Lease, limit int) (list []Claim, err error) {
 	err = s.once(ctx, "claim submissions", func(ctx context.Context) error {
 		rows, err := s.pool.Query(ctx, `
-			SELECT s.id, s.key_id, q.tenant_id, s.client_id, q.model, coalesce(t.request, ''), s.created_at, $2::text, c.run, c.lost, c.tries
-			FROM submission_claim($1, $2, $3, $4) c
-			JOIN submissions s ON s.id = c.id JOIN submission_queue q ON q.id = c.id JOIN submission_texts t ON t.id = c.id`,
+			SELECT id, key_id, tenant_id, client_id, model, request, created_at, owner_id, run, lost, tries FROM submission_claim($1, $2, $3, $4)`,
 			s.at(), lease.Owner, lease.Epoch, limit)
 		if err != nil {
 			return err

@@ -45,37 +45,42 @@ type SweptSubmissions struct {
 // once.
 func (s *Store) SweepSubmissions(ctx context.Context, o SubmissionSweep) (out SweptSubmissions, err error) {
 	err = s.once(ctx, "sweep the submissions", func(ctx context.Context) error {
-		out = SweptSubmissions{}
-		return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-			var mine bool
-			var now time.Time
-			if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock($1), coalesce($2, now())`, submissionLock, s.at()).Scan(&mine, &now); err != nil || !mine {
-				return err
-			}
-			// The planner must not judge by how small a table was.
-			if _, err := tx.Exec(ctx, `SET LOCAL enable_seqscan = off`); err != nil {
-				return err
-			}
-			pass := submissionPass{s: s, tx: tx, now: now, keep: o.Keep, out: &out}
-			if err := pass.reclaim(ctx); err != nil {
-				return err
-			}
-			if err := pass.endWaiting(ctx, pastDeadline, errPastDeadline, now); err != nil {
-				return err
-			}
-			if err := pass.endWaiting(ctx, ofInvalidKeys, errOfKey, now); err != nil {
-				return err
-			}
-			if err := pass.load(ctx); err != nil {
-				return err
-			}
-			return pass.prune(ctx, o.KeepID)
+		return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) (err error) {
+			out, err = s.sweepSubmissions(ctx, tx, o)
+			return err
 		})
 	})
 	if err != nil {
 		return SweptSubmissions{}, err
 	}
 	return out, nil
+}
+
+func (s *Store) sweepSubmissions(ctx context.Context, tx pgx.Tx, o SubmissionSweep) (out SweptSubmissions, err error) {
+	var mine bool
+	var now time.Time
+	err = tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock($1), coalesce($2, now())`, submissionLock, s.at()).Scan(&mine, &now)
+	if err != nil || !mine {
+		return out, err
+	}
+	// The planner must not judge by how small a table was.
+	if _, err := tx.Exec(ctx, `SET LOCAL enable_seqscan = off`); err != nil {
+		return out, err
+	}
+	pass := submissionPass{s: s, tx: tx, now: now, keep: o.Keep, out: &out}
+	if err := pass.reclaim(ctx); err != nil {
+		return out, err
+	}
+	if err := pass.endWaiting(ctx, pastDeadline, errPastDeadline, now); err != nil {
+		return out, err
+	}
+	if err := pass.endWaiting(ctx, ofInvalidKeys, errOfKey, now); err != nil {
+		return out, err
+	}
+	if err := pass.load(ctx); err != nil {
+		return out, err
+	}
+	return out, pass.prune(ctx, o.KeepID)
 }
 
 // submissionPass is one sweep.

@@ -555,9 +555,10 @@ func TestSubmissionsAtOnce(t *testing.T) {
 			t.Errorf("%d was ended by %v, and is recorded as ended by %s, %v", id, by, request, err)
 		}
 	}
-	for _, table := range []string{"submission_queue"} {
-		if n, err := books.Query[int](t.Context(), s, `SELECT count(*) FROM `+table); err != nil || n != 0 {
-			t.Errorf("%d rows are left in %s, %v", n, table, err)
-		}
+	left, err := books.Query[string](t.Context(), s, `
+		SELECT coalesce(string_agg(concat_ws(' ', q, l, t, a), E'\n'), '') FROM submission_queue q LEFT JOIN submission_lanes l USING (key_id) LEFT JOIN submission_turns t USING (key_id)
+		LEFT JOIN key_accounts a USING (key_id)`)
+	if err != nil || left != "" {
+		t.Errorf("left in the queue, with lane, turn and account: %s, %v", left, err)
 	}
 }

@@ -134,11 +134,33 @@ END $$;
 -- +goose StatementEnd
 
 -- +goose StatementBegin
+-- The oldest that waits in a lane, from an id on; null if none does. The comparison is that
+-- of the index, so that no other is used, which would go through the rows of other keys.
+CREATE FUNCTION submission_head(key text, model_id text, from_id bigint) RETURNS bigint
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+DECLARE
+    q record;
+BEGIN
+    SELECT x.id, x.key_id, x.model INTO q FROM submission_queue x
+    WHERE x.owner_id IS NULL AND (x.key_id, x.model, x.id) >= (key, model_id, from_id)
+    ORDER BY x.key_id, x.model, x.id LIMIT 1;
+    IF q.key_id = key AND q.model = model_id THEN
+        RETURN q.id;
+    END IF;
+    RETURN NULL;
+END $$;
+-- +goose StatementEnd
+
+-- +goose StatementBegin
 -- Claims what is to run next for an owner, as many as lim: from each key whose turn it is
 -- one, then from each another, as far as the key has slots. Nothing if the owner has lost
--- its lease.
+-- its lease. Everything of a claim is read here: the statement that calls this function has
+-- an older view, in which what was submitted just now isn't there.
 CREATE FUNCTION submission_claim(at timestamptz, owner text, owner_epoch bigint, lim integer)
-RETURNS TABLE (id bigint, run bigint, lost integer, tries integer)
+RETURNS TABLE (
+    id bigint, key_id text, tenant_id text, client_id text, model text, request text, created_at timestamptz,
+    owner_id text, run bigint, lost integer, tries integer
+)
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_column
 DECLARE
@@ -172,18 +194,17 @@ BEGIN
         FOR i IN 1 .. cardinality(keys) LOOP
             EXIT WHEN taken >= lim;
             CONTINUE WHEN room[i] <= 0;
-            SELECT l.model, l.tries, h.id INTO lane
+            SELECT l.model, l.tries, submission_head(keys[i], l.model, l.head) AS id INTO lane
             FROM (SELECT x.model, x.head, x.tries FROM submission_lanes x WHERE x.key_id = keys[i] AND x.due_at <= moment ORDER BY x.due_at LIMIT lanes_looked_at) AS l
-            CROSS JOIN LATERAL (
-                SELECT q.id FROM submission_queue q
-                WHERE q.key_id = keys[i] AND q.model = l.model AND q.owner_id IS NULL AND q.id >= l.head ORDER BY q.id LIMIT 1) AS h
-            ORDER BY h.id LIMIT 1;
-            IF NOT FOUND THEN
+            ORDER BY 3 LIMIT 1;
+            IF NOT FOUND OR lane.id IS NULL THEN
                 room[i] := -1;
                 CONTINUE;
             END IF;
             UPDATE submission_queue q SET owner_id = owner, epoch = owner_epoch, run = q.run + 1 WHERE q.id = lane.id
-            RETURNING q.id, q.run, q.lost INTO id, run, lost;
+            RETURNING q.id, q.key_id, q.tenant_id, q.model, q.owner_id, q.run, q.lost INTO id, key_id, tenant_id, model, owner_id, run, lost;
+            SELECT s.client_id, s.created_at, coalesce(t.request, '') INTO client_id, created_at, request
+            FROM submissions s LEFT JOIN submission_texts t ON t.id = s.id WHERE s.id = lane.id;
             UPDATE submission_lanes l SET head = lane.id + 1, due_at = moment, busy = false WHERE l.key_id = keys[i] AND l.model = lane.model;
             tries := lane.tries;
             RETURN NEXT;
@@ -194,8 +215,7 @@ BEGIN
         -- Lanes in which nothing waits any more end.
         DELETE FROM submission_lanes l
         USING (SELECT x.model, x.head FROM submission_lanes x WHERE x.key_id = keys[i] AND x.due_at <= moment ORDER BY x.due_at LIMIT lanes_looked_at) AS d
-        WHERE l.key_id = keys[i] AND l.model = d.model AND NOT EXISTS (
-            SELECT FROM submission_queue q WHERE q.key_id = keys[i] AND q.model = d.model AND q.owner_id IS NULL AND q.id >= d.head);
+        WHERE l.key_id = keys[i] AND l.model = d.model AND submission_head(keys[i], d.model, d.head) IS NULL;
         next_due := (SELECT l.due_at FROM submission_lanes l WHERE l.key_id = keys[i] ORDER BY l.due_at LIMIT 1);
         IF next_due IS NULL THEN
             DELETE FROM submission_turns t WHERE t.key_id = keys[i];
@@ -343,6 +363,7 @@ DROP FUNCTION submission_end;
 DROP FUNCTION submission_open;
 DROP FUNCTION submission_return;
 DROP FUNCTION submission_claim;
+DROP FUNCTION submission_head;
 DROP FUNCTION submission_submit;
 DROP FUNCTION submission_turn;
 DROP TABLE submission_lanes;
