@@ -49,7 +49,24 @@ var wire = map[string]struct{ full, minimal any }{
 	"welcome":      {Welcome{JobStream, map[string]string{"m": "c"}, fullError}, Welcome{Stream: JobStream}},
 	"control":      {Control{ControlLimit, NewNonce(), ReasonCancelled, NewIncarnation(), 1, true}, Control{Operation: ControlInventory}},
 	"body-request": {BodyRequest{1}, BodyRequest{}},
-	"usage-report": {UsageReport{ProtocolVersion, NewRequestID(), 1, Usage{1, 1}}, UsageReport{Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1}},
+	"ingress-answer": {
+		&Answer{
+			Seq: 1, Kind: FrameError, Request: NewRequestID(), Chunk: json.RawMessage(`{}`), Usage: &TotalUsage{1, 1, 2}, Completion: json.RawMessage(`{}`),
+			Error: fullError.Client(), RetryAfter: 1,
+		},
+		&Answer{Seq: 1, Kind: FrameProgress, Request: NewRequestID()},
+	},
+	"ingress-models": {
+		ModelsAnswer{KindModels, "list", []ModelEntry{{"m", "model", 1, "ownllm", Capabilities{true, true, true, true, true}, 1, 1, "auto"}}},
+		ModelsAnswer{KindModels, "list", []ModelEntry{}},
+	},
+	"ingress-whoami": {
+		Whoami{KindWhoami, NewKeyID(), "n", "sk-ownllm-ab12", NewTenantID(), "acme", NewUserID(), []string{"model:*"}, new(int64(1)), 1, 1, 1},
+		Whoami{Kind: KindWhoami, Key: NewKeyID(), Tenant: NewTenantID(), Slug: "acme", User: NewUserID(), Scopes: []string{}},
+	},
+	"ingress-cancel":    {CancelRequest{NewRequestID()}, CancelRequest{NewRequestID()}},
+	"ingress-cancelled": {Cancelled{KindCancelled, NewRequestID()}, Cancelled{KindCancelled, NewRequestID()}},
+	"usage-report":      {UsageReport{ProtocolVersion, NewRequestID(), 1, Usage{1, 1}}, UsageReport{Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1}},
 }
 
 var fullError = &Error{Code: CodeModelLoading, Message: "m", Param: "p", RetryAfter: time.Second}
@@ -59,9 +76,12 @@ var fullModel = Model{
 	State: ModelLoading, Detail: "d", LoadMS: 1, Backend: "demo", Slots: 1, Continues: true,
 }
 
-// clientErrorSchema is the one schema that isn't of a wire type: its bytes are written
-// by Error.AppendJSON.
-const clientErrorSchema = "error"
+// The schemas that aren't of wire types. The bytes of clientErrorSchema are written by
+// Error.AppendJSON; chatSchema is of what clients send.
+const (
+	clientErrorSchema = "error"
+	chatSchema        = "ingress-chat"
+)
 
 // schemaDocuments returns the schemas as plain JSON, by name.
 func schemaDocuments(t testing.TB) map[string]map[string]any {
@@ -129,7 +149,7 @@ func marshal(t testing.TB, v any) []byte {
 func TestSchemaForEveryWireType(t *testing.T) {
 	docs := schemaDocuments(t)
 	for name := range docs {
-		if _, ok := wire[name]; !ok && name != clientErrorSchema {
+		if _, ok := wire[name]; !ok && name != clientErrorSchema && name != chatSchema {
 			t.Errorf("%s.json describes nothing", name)
 		}
 	}
@@ -353,6 +373,15 @@ func read(name string, line []byte) error {
 	case clientErrorSchema:
 		var e decodedEnvelope
 		return json.Unmarshal(line, &e)
+	case chatSchema:
+		var fields map[string]json.RawMessage
+		return json.Unmarshal(line, &fields)
+	case "ingress-answer":
+		_, err := DecodeAnswer(line)
+		return err
+	case "ingress-cancel":
+		_, err := DecodeCancelRequest(line)
+		return err
 	case "job-head":
 		_, _, err := DecodeJob(append(line, '\n'))
 		return err
@@ -386,6 +415,52 @@ func TestFieldsAreTheProperties(t *testing.T) {
 	}]())
 }
 
+// What publishers send is what clients send over HTTP.
+func TestChatSchemaIsThatOfHTTP(t *testing.T) {
+	var api map[string]any
+	if err := json.Unmarshal(OpenAPI, &api); err != nil {
+		t.Fatal(err)
+	}
+	overHTTP := dig(t, api, "components", "schemas", "ChatRequest").(map[string]any)
+	message := dig(t, api, "components", "schemas", "ChatMessage")
+	dig(t, overHTTP, "properties", "messages").(map[string]any)["items"] = message
+	var chat map[string]any
+	b, err := JSON.ReadFile("json/" + chatSchema + ".json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(b, &chat); err != nil {
+		t.Fatal(err)
+	}
+	dig(t, chat, "properties", "messages").(map[string]any)["items"] = dig(t, chat, "$defs", "message")
+	for _, part := range []string{"properties", "required"} {
+		if diff := cmp.Diff(bare(overHTTP[part]), bare(chat[part])); diff != "" {
+			t.Errorf("%s (-HTTP +NATS):\n%s", part, diff)
+		}
+	}
+}
+
+// bare is a schema without what is for people.
+func bare(schema any) any {
+	switch v := schema.(type) {
+	case map[string]any:
+		m := make(map[string]any, len(v))
+		for key, value := range v {
+			if _, text := value.(string); !text || key != "description" && key != "title" {
+				m[key] = bare(value)
+			}
+		}
+		return m
+	case []any:
+		list := make([]any, len(v))
+		for i := range v {
+			list[i] = bare(v[i])
+		}
+		return list
+	}
+	return schema
+}
+
 func compareType(t *testing.T, docs map[string]map[string]any, at string, root, schema map[string]any, typ reflect.Type) {
 	t.Helper()
 	nullable := false
@@ -407,6 +482,12 @@ func compareType(t *testing.T, docs map[string]map[string]any, at string, root, 
 	}
 	if typ == reflect.TypeFor[Error]() {
 		typ = reflect.TypeFor[errorJSON]()
+	}
+	if typ == reflect.TypeFor[json.RawMessage]() {
+		if schema["type"] != "object" {
+			t.Errorf("%s: type %v, want object", at, schema["type"])
+		}
+		return
 	}
 	kinds, ok := schema["type"].([]any)
 	if !ok {

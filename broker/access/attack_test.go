@@ -73,6 +73,9 @@ func newBench(t *testing.T, server site) *bench {
 // site is a nats-server, embedded or by itself.
 type site interface {
 	Connect(name string) *nats.Conn
+	Ingress(name string) *nats.Conn
+	Config(name string) bus.Config
+	Open(bus.Config) *nats.Conn
 	System() *nats.Conn
 	Agents() *natstest.Agents
 	AgentConfig(schemas.TenantID, schemas.AgentID, ...string) bus.Config

@@ -30,7 +30,8 @@ type external struct {
 	agents *natstest.Agents
 }
 
-func startExternal(t *testing.T) *external {
+// startExternal starts it, with more in its configuration.
+func startExternal(t *testing.T, more ...string) *external {
 	t.Helper()
 	// A token may hold anything.
 	const token = `the "secret" $HOME \ of # the test`
@@ -40,7 +41,7 @@ func startExternal(t *testing.T) *external {
 		t.Fatal(err)
 	}
 	config := filepath.Join(dir, "nats.conf")
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(config, []byte(text+strings.Join(more, "\n")), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	host, port, _ := strings.Cut(addr, ":")
@@ -65,7 +66,7 @@ func startExternal(t *testing.T) *external {
 	return x
 }
 
-func (x *external) open(cfg bus.Config) *nats.Conn {
+func (x *external) Open(cfg bus.Config) *nats.Conn {
 	x.t.Helper()
 	nc, err := bus.Connect(cfg, natstest.Log)
 	if err != nil {
@@ -75,13 +76,15 @@ func (x *external) open(cfg bus.Config) *nats.Conn {
 	return nc
 }
 
-func (x *external) Connect(name string) *nats.Conn { return x.open(x.cfg.As(bus.UserAgents, name)) }
-func (x *external) System() *nats.Conn             { return x.open(x.cfg.As(bus.UserSystem, "system")) }
+func (x *external) Connect(name string) *nats.Conn { return x.Open(x.cfg.As(bus.UserAgents, name)) }
+func (x *external) Ingress(name string) *nats.Conn { return x.Open(x.cfg.As(bus.UserIngress, name)) }
+func (x *external) Config(name string) bus.Config  { return x.cfg.As(bus.UserAgents, name) }
+func (x *external) System() *nats.Conn             { return x.Open(x.cfg.As(bus.UserSystem, "system")) }
 func (x *external) Agents() *natstest.Agents       { return x.agents }
 
 func (x *external) Queue(perModel int64) (*nats.Conn, *bus.Queue) {
 	x.t.Helper()
-	return natstest.Provision(x.t, x.open(x.cfg.As(bus.UserCore, "queue")), perModel)
+	return natstest.Provision(x.t, x.Open(x.cfg.As(bus.UserCore, "queue")), perModel)
 }
 
 func (x *external) AgentConfig(tenant schemas.TenantID, id schemas.AgentID, models ...string) bus.Config {
@@ -90,5 +93,5 @@ func (x *external) AgentConfig(tenant schemas.TenantID, id schemas.AgentID, mode
 
 func (x *external) Agent(tenant schemas.TenantID, id schemas.AgentID, models ...string) *nats.Conn {
 	x.t.Helper()
-	return x.open(x.AgentConfig(tenant, id, models...))
+	return x.Open(x.AgentConfig(tenant, id, models...))
 }

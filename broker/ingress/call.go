@@ -154,10 +154,10 @@ func (in *Ingress) serve(c *call) {
 
 // outcome is the code that is counted for a call which ended with the error.
 func outcome(err error) schemas.Code {
-	switch err { //nolint:errorlint // these very ones
-	case nil:
+	switch {
+	case err == nil:
 		return metric.CodeOK
-	case dispatch.ErrClientGone, errCancelled:
+	case err == dispatch.ErrClientGone, err == errCancelled: //nolint:errorlint // these very ones
 		return metric.CodeClientGone
 	}
 	return schemas.AsError(err).Code

@@ -37,7 +37,7 @@ func (d *door) Check(c server.ClientAuthentication) bool {
 		if errors.Is(err, access.ErrDenied) {
 			level = slog.LevelInfo
 		}
-		d.log.Log(ctx, level, "not let in", "user", login.Name(), "error", err)
+		d.log.Log(ctx, level, "not let in", "user", login.Name(), "address", fmt.Sprint(c.RemoteAddress()), "error", err)
 		return false
 	}
 	account, err := d.srv.LookupAccount(grant.Account)

@@ -175,9 +175,14 @@ func (l logger) Debugf(format string, v ...any)  { l.log.Debug(fmt.Sprintf(forma
 func (l logger) Tracef(string, ...any)           {}
 
 // Errorf is for what went wrong in the server. A worker that pulls from a new consumer before
-// its connection is allowed to is no such thing: it is told no, and connects anew.
+// its connection is allowed to is no such thing: it is told no, and connects anew. Whom the
+// door didn't let in it has logged itself, without what the client says of itself, which may
+// be a secret.
 func (l logger) Errorf(format string, v ...any) {
 	text := fmt.Sprintf(format, v...)
+	if strings.Contains(text, "authentication error - ") {
+		return
+	}
 	if strings.Contains(text, `Publish Violation - Subject "$JS.API.CONSUMER.MSG.NEXT.`) {
 		l.log.Debug(text)
 		return

@@ -1,159 +1,236 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/ownllm/ownllm/broker/apikey"
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/credential"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 )
 
-// publisher is a client over NATS, as anybody would write one.
-type publisher struct {
-	nc  *nats.Conn
-	key schemas.KeyID
+// busClient is a client of the bus, which comes back as long as it is let in.
+type busClient struct {
+	*nats.Conn
+	lost   chan time.Time // each loss of its connection
+	closed chan error     // why it has given up
 }
 
-// newPublisher connects with a secret of the key, and waits until the brokers answer.
-func newPublisher(t *testing.T, url string, key schemas.KeyID, secret string, options ...nats.Option) *publisher {
+// dialKey connects with nothing but a key, to one of the servers.
+func dialKey(t *testing.T, url string, key apikey.Key) *busClient {
 	t.Helper()
-	options = append(options, nats.Token(secret), nats.CustomInboxPrefix(schemas.PublisherInboxPrefix(key)), nats.MaxReconnects(-1))
-	nc, err := nats.Connect(url, options...)
+	return dial(t, url, nats.Token(key.Reveal()))
+}
+
+func dial(t *testing.T, url string, who nats.Option) *busClient {
+	t.Helper()
+	p := &busClient{lost: make(chan time.Time, 64), closed: make(chan error, 1)}
+	nc, err := nats.Connect(url, who, nats.MaxReconnects(-1), nats.ReconnectWait(50*time.Millisecond),
+		nats.DisconnectErrHandler(func(*nats.Conn, error) { p.lost <- time.Now() }),
+		nats.ClosedHandler(func(nc *nats.Conn) { p.closed <- nc.LastError() }))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(nc.Close)
-	p := &publisher{nc, key}
-	stack.Until(t, 30*time.Second, "a broker that answers publishers", func() bool {
-		_, err := nc.Request(schemas.InSubject(key, schemas.OperationWhoami), nil, time.Second)
-		return err == nil
-	})
+	p.Conn = nc
 	return p
 }
 
-// heard is what a publisher has heard of a request.
-type heard struct {
-	request    schemas.RequestID
-	messages   int
-	progress   int
-	text       string
-	usage      *schemas.TotalUsage
-	completion json.RawMessage
-	err        *schemas.ClientError
-	retryAfter int
-	broken     error
-}
-
-func (h heard) code() schemas.Code {
-	if h.err == nil {
-		return ""
-	}
-	return h.err.Code
-}
-
-// take takes in one message of a reply, and reports whether it was the last.
-func (h *heard) take(data []byte) bool {
-	a, err := schemas.DecodeAnswer(data)
-	switch {
-	case err != nil:
-		h.broken = err
-		return true
-	case a.Seq != uint64(h.messages+1) || h.request != "" && a.Request != h.request:
-		h.broken = fmt.Errorf("message %s after %d of %s", data, h.messages, h.request)
-		return true
-	}
-	h.messages, h.request = h.messages+1, a.Request
-	switch a.Kind {
-	case schemas.FrameProgress:
-		h.progress++
-	case schemas.FrameChunk:
-		var chunk chatChunk
-		if err := json.Unmarshal(a.Chunk, &chunk); err != nil {
-			h.broken = err
-			return true
-		}
-		for _, choice := range chunk.Choices {
-			h.text += choice.Delta.Content
-		}
-	case schemas.FrameDone:
-		h.usage, h.completion = a.Usage, a.Completion
-		return true
-	case schemas.FrameError:
-		h.err, h.retryAfter = a.Error, a.RetryAfter
-		return true
-	}
-	return false
-}
-
-// chat sends a chat request, and reads the reply to its end.
-func (p *publisher) chat(ctx context.Context, stream bool, fields map[string]any) heard {
-	return p.follow(ctx, schemas.OperationChat, chatBody(stream, fields), func(*heard, *nats.Msg) {})
-}
-
-// follow is chat with any operation and body, and calls seen with what there is of the reply
-// after each message.
-func (p *publisher) follow(ctx context.Context, operation string, body []byte, seen func(*heard, *nats.Msg)) (h heard) {
-	inbox := p.nc.NewInbox()
-	sub, err := p.nc.SubscribeSync(inbox)
-	if err != nil {
-		return heard{broken: err}
-	}
-	defer sub.Unsubscribe()
-	if err := sub.SetPendingLimits(-1, -1); err != nil {
-		return heard{broken: err}
-	}
-	if err := p.nc.PublishRequest(schemas.InSubject(p.key, operation), inbox, body); err != nil {
-		return heard{broken: err}
-	}
-	for {
-		m, err := sub.NextMsgWithContext(ctx)
-		if err != nil {
-			h.broken = err
-			return h
-		}
-		if len(m.Data) == 0 && m.Header.Get("Status") == "503" {
-			h.broken = nats.ErrNoResponders
-			return h
-		}
-		last := h.take(m.Data)
-		if seen(&h, m); last {
-			return h
-		}
-	}
-}
-
-// ask asks for something that is answered by one message, into answer, or by an error.
-func (p *publisher) ask(operation string, body []byte, answer any) *schemas.ClientError {
-	m, err := p.nc.Request(schemas.InSubject(p.key, operation), body, 10*time.Second)
-	if err != nil {
-		return &schemas.ClientError{Message: err.Error()}
-	}
-	if a, err := schemas.DecodeAnswer(m.Data); err == nil {
-		return a.Error
-	}
-	d := json.NewDecoder(bytes.NewReader(m.Data))
-	d.DisallowUnknownFields()
-	if err := d.Decode(answer); err != nil {
-		return &schemas.ClientError{Message: err.Error()}
-	}
-	return nil
-}
-
-// wantDone fails the test unless the reply is complete.
-func wantDone(t *testing.T, h heard) {
+// wantCut waits until the publisher has lost its connection, and returns how long after at
+// that was. It can't come back.
+func (p *busClient) wantCut(t *testing.T, at time.Time) time.Duration {
 	t.Helper()
-	if h.broken != nil || h.err != nil || h.usage == nil || h.progress == 0 {
-		t.Errorf("reply isn't whole: error %+v, broken %v, usage %+v, %d messages, %d of them progress, text %.60q",
-			h.err, h.broken, h.usage, h.messages, h.progress, h.text)
+	select {
+	case lost := <-p.lost:
+		select {
+		case err := <-p.closed:
+			if !errors.Is(err, nats.ErrAuthorization) {
+				t.Errorf("it gives up with %v", err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Errorf("it is not told that it isn't let in; %v", p.LastError())
+		}
+		return lost.Sub(at)
+	case <-time.After(20 * time.Second):
+		t.Fatal("it is still connected")
+	}
+	return 0
+}
+
+// TestKeysAreCutOff takes keys away in every way, while publishers are connected: at the
+// embedded server of `ownllm up`, and at an external one.
+func TestKeysAreCutOff(t *testing.T) {
+	t.Run("embedded", func(t *testing.T) {
+		t.Parallel()
+		up := stack.StartUp(t, t.TempDir())
+		store, err := books.Open(t.Context(), books.Config{URL: up.DatabaseURL})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer store.Close()
+		cutOff(t, store, up.NATSURL)
+	})
+	t.Run("external", func(t *testing.T) {
+		t.Parallel()
+		c := stack.StartCluster(t)
+		cutOff(t, c.Books, c.NATSURL())
+		t.Run("while no broker runs", func(t *testing.T) { cutAtStart(t, c) })
+	})
+}
+
+func cutOff(t *testing.T, store *books.Store, url string) {
+	ctx := t.Context()
+	const slack = 1500 * time.Millisecond // for a busy machine, on top of the second
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := store.CreateTenant(ctx, books.NewTenant{Slug: "doomed"})
+	must(err)
+	user, err := store.CreateUser(ctx, books.NewUser{Tenant: "doomed", Email: "ada@example.com"})
+	must(err)
+	colleague, err := store.CreateUser(ctx, books.NewUser{Tenant: "doomed", Email: "bob@example.com"})
+	must(err)
+	_, err = store.CreateTenant(ctx, books.NewTenant{Slug: "bystander"})
+	must(err)
+	eve, err := store.CreateUser(ctx, books.NewUser{Tenant: "bystander", Email: "eve@example.com"})
+	must(err)
+	issue := func(u books.User, ttl *time.Duration) (books.Key, apikey.Key) {
+		t.Helper()
+		k, secret, err := store.CreateKey(ctx, books.NewKey{Tenant: string(u.Tenant), User: string(u.ID), TTL: ttl})
+		must(err)
+		return k, secret
+	}
+	_, secret := issue(eve, nil)
+	bystander := dialKey(t, url, secret)
+	for _, change := range []struct {
+		name  string
+		delay time.Duration // of the end, after the change
+		all   bool          // a colleague's key ends, too
+		do    func(*testing.T, books.Key) error
+		undo  func() error
+	}{
+		{"revocation", 0, false, func(_ *testing.T, k books.Key) error { _, err := store.RevokeKey(ctx, k.ID); return err }, nil},
+		{"rotation without an overlap", 0, false, func(_ *testing.T, k books.Key) error {
+			_, _, err := store.RotateKey(ctx, k.ID, books.Rotation{})
+			return err
+		}, nil},
+		{"rotation", 3 * time.Second, false, func(t *testing.T, k books.Key) error {
+			_, fresh, err := store.RotateKey(ctx, k.ID, books.Rotation{Overlap: 3 * time.Second})
+			if err == nil {
+				with := dialKey(t, url, fresh)
+				t.Cleanup(func() {
+					if len(with.lost) > 0 {
+						t.Error("the new secret's connection was cut off")
+					}
+				})
+			}
+			return err
+		}, nil},
+		{
+			"deactivation", 0, false,
+			func(*testing.T, books.Key) error {
+				_, err := store.SetUserState(ctx, user.ID, books.UserDeactivated)
+				return err
+			},
+			func() error { _, err := store.SetUserState(ctx, user.ID, books.UserActive); return err },
+		},
+		{
+			"suspension", 0, true,
+			func(*testing.T, books.Key) error {
+				_, err := store.SetTenantState(ctx, "doomed", books.TenantSuspended)
+				return err
+			},
+			func() error { _, err := store.SetTenantState(ctx, "doomed", books.TenantActive); return err },
+		},
+	} {
+		t.Run(change.name, func(t *testing.T) {
+			k, secret := issue(user, nil)
+			_, colleagues := issue(colleague, nil)
+			cut := []*busClient{dialKey(t, url, secret), dialKey(t, url, secret)}
+			other := dialKey(t, url, colleagues)
+			if change.all {
+				cut = append(cut, other)
+			}
+			at := time.Now().Add(change.delay)
+			must(change.do(t, k))
+			var last time.Duration
+			for _, p := range cut {
+				took := p.wantCut(t, at)
+				if took < -100*time.Millisecond || took > time.Second+slack {
+					t.Errorf("cut off %s after the end", took)
+				}
+				last = max(last, took)
+			}
+			if !change.all && len(other.lost) > 0 {
+				t.Error("a colleague was cut off")
+			}
+			t.Logf("cut off %s after the end", last)
+			if change.undo != nil {
+				must(change.undo())
+				// What is valid again lets in again.
+				stack.Until(t, 10*time.Second, "the way back", func() bool {
+					nc, err := nats.Connect(url, nats.Token(secret.Reveal()))
+					if err == nil {
+						nc.Close()
+					}
+					return err == nil
+				})
+			}
+		})
+	}
+	t.Run("expiry", func(t *testing.T) {
+		began := time.Now()
+		_, secret := issue(user, new(3*time.Second))
+		took := dialKey(t, url, secret).wantCut(t, began.Add(3*time.Second))
+		if took < -100*time.Millisecond || took > time.Second+slack {
+			t.Errorf("cut off %s after the end", took)
+		}
+		t.Logf("cut off %s after the end", took)
+	})
+	if len(bystander.lost) > 0 || !bystander.IsConnected() {
+		t.Error("a bystander was cut off")
 	}
 }
 
-// errLeft is why a test's publisher has left.
-var errLeft = errors.New("the publisher has left")
+// cutAtStart: whoever loses its right while no broker runs is cut off when one does.
+func cutAtStart(t *testing.T, c *stack.Cluster) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	k, secret, err := c.Books.CreateKey(ctx, books.NewKey{Tenant: string(c.Tenant.ID), User: string(c.User.ID)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	machine := credential.NewAgent()
+	agent, err := c.Books.AddAgent(ctx, string(c.Tenant.ID), schemas.NewAgentID(), "test", machine)
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone := dialKey(t, c.NATSURL(), secret)
+	stays := dialKey(t, c.NATSURL(), c.Key)
+	worker := dial(t, c.NATSURL(), nats.UserInfo(string(agent.ID), machine.Reveal()))
+	c.Broker.Kill()
+	if _, err := c.Books.RevokeKey(ctx, k.ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Books.RemoveAgent(ctx, agent.ID); err != nil {
+		t.Fatal(err)
+	}
+	if len(gone.lost)+len(worker.lost) > 0 {
+		t.Fatal("somebody cuts without a broker")
+	}
+	c.StartBroker()
+	up := time.Now()
+	t.Logf("a publisher and an agent were cut off %s and %s after the broker was up", gone.wantCut(t, up), worker.wantCut(t, up))
+	if len(stays.lost) > 0 {
+		t.Error("another was cut off")
+	}
+}

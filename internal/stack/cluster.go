@@ -2,16 +2,21 @@ package stack
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
 
 	"github.com/ownllm/ownllm/broker/access"
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/credential"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
@@ -21,17 +26,20 @@ import (
 type Cluster struct {
 	t           testing.TB
 	dir         string
-	natsAddr    string
+	addrs       []string // of the nats-servers
+	routed      []string // where these find each other; empty: there is one
 	token       string
 	DatabaseURL string
 	Books       *books.Store
 	Tenant      books.Tenant
 	User        books.User
 	// Key opens every model of the tenant.
-	Key    apikey.Key
-	NATS   *Process
-	Broker *Process
-	agents int
+	Key apikey.Key
+	// NATS is the nats-server, and Servers are all of them.
+	NATS    *Process
+	Servers []*Process
+	Broker  *Process
+	agents  int
 }
 
 // AdminToken opens the admin API of every edge of a Cluster.
@@ -47,7 +55,30 @@ func StartCluster(t testing.TB, brokerArgs ...string) *Cluster {
 // StartClusterOn is StartCluster on a migrated database that is there already.
 func StartClusterOn(t testing.TB, databaseURL string, brokerArgs ...string) *Cluster {
 	t.Helper()
-	c := &Cluster{t: t, dir: t.TempDir(), natsAddr: FreeAddr(t), token: "bus-secret-of-the-test", DatabaseURL: databaseURL}
+	c := newCluster(t, databaseURL, 1)
+	c.StartNATS()
+	c.StartBroker(brokerArgs...)
+	return c
+}
+
+// StartRouted is StartCluster with three nats-servers in a cluster.
+func StartRouted(t testing.TB, brokerArgs ...string) *Cluster {
+	t.Helper()
+	c := newCluster(t, pgtest.New(t), 3)
+	for range c.addrs {
+		c.routed = append(c.routed, FreeAddr(t))
+	}
+	c.StartNATS()
+	c.StartBroker(brokerArgs...)
+	return c
+}
+
+func newCluster(t testing.TB, databaseURL string, servers int) *Cluster {
+	t.Helper()
+	c := &Cluster{t: t, dir: t.TempDir(), token: "bus-secret-of-the-test", DatabaseURL: databaseURL}
+	for range servers {
+		c.addrs = append(c.addrs, FreeAddr(t))
+	}
 	var err error
 	if c.Books, err = books.Open(t.Context(), books.Config{URL: c.DatabaseURL}); err != nil {
 		t.Fatal(err)
@@ -55,37 +86,67 @@ func StartClusterOn(t testing.TB, databaseURL string, brokerArgs ...string) *Clu
 	t.Cleanup(c.Books.Close)
 	c.Key = apikey.New()
 	c.Tenant, c.User, _ = lift(t, c.Books, c.Key)
-	c.StartNATS()
-	c.StartBroker(brokerArgs...)
 	return c
 }
 
-// StartNATS starts the nats-server, on the same port and with the same data each time.
+// StartNATS starts the nats-servers, on the same ports and with the same data each time.
 func (c *Cluster) StartNATS() {
 	c.t.Helper()
-	host, port, _ := strings.Cut(c.natsAddr, ":")
+	c.Servers = nil
+	for i := range c.addrs {
+		c.Servers = append(c.Servers, c.startServer(i))
+	}
+	c.NATS = c.Servers[0]
+	for _, s := range c.Servers {
+		Until(c.t, startWait, "nats-server", func() bool {
+			return slices.ContainsFunc(s.Log(), func(line string) bool { return strings.Contains(line, "Server is ready") })
+		})
+	}
+	if len(c.routed) == 0 {
+		return
+	}
+	core, err := nats.Connect(c.NATSURL(), nats.UserInfo(bus.UserCore, c.token))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer core.Close()
+	Until(c.t, startWait, "JetStream to have a leader", func() bool {
+		_, err := core.Request("$JS.API.STREAM.NAMES", nil, time.Second) // only a leader answers
+		return err == nil
+	})
+}
+
+func (c *Cluster) startServer(i int) *Process {
+	c.t.Helper()
+	host, port, _ := strings.Cut(c.addrs[i], ":")
 	text, err := access.ServerConfig(c.token)
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	config := filepath.Join(c.dir, "nats.conf")
+	name := "nats-server"
+	if len(c.routed) > 0 {
+		name += "-" + strconv.Itoa(i)
+		const user, password = "route", "secret-of-the-routes"
+		var routes []string
+		for _, addr := range c.routed {
+			routes = append(routes, strconv.Quote("nats://"+user+":"+password+"@"+addr))
+		}
+		text += fmt.Sprintf("server_name: %s\ncluster { name: test, listen: %q, authorization { user: %s, password: %s }, routes: [%s] }\n",
+			name, c.routed[i], user, password, strings.Join(routes, ", "))
+	}
+	config := filepath.Join(c.dir, name+".conf")
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		c.t.Fatal(err)
 	}
-	c.NATS = Run(c.t, "nats-server", nil, Binary(c.t, "github.com/nats-io/nats-server/v2"),
-		"-c", config, "-a", host, "-p", port, "-sd", filepath.Join(c.dir, "nats"))
-	Until(c.t, startWait, "nats-server", func() bool {
-		for _, line := range c.NATS.Log() {
-			if strings.Contains(line, "Server is ready") {
-				return true
-			}
-		}
-		return false
-	})
+	return Run(c.t, name, nil, Binary(c.t, "github.com/nats-io/nats-server/v2"),
+		"-c", config, "-a", host, "-p", port, "-sd", filepath.Join(c.dir, name))
 }
 
-// NATSURL is the address of the nats-server, and Token the secret that opens it.
-func (c *Cluster) NATSURL() string { return "nats://" + c.natsAddr }
+// NATSURL are the addresses of the nats-servers, and Token the secret that opens them.
+func (c *Cluster) NATSURL() string { return "nats://" + strings.Join(c.addrs, ",nats://") }
+
+// ServerURL is the address of one of the nats-servers.
+func (c *Cluster) ServerURL(i int) string { return "nats://" + c.addrs[i] }
 
 // Token is the shared secret of the bus.
 func (c *Cluster) Token() string { return c.token }
