@@ -193,6 +193,15 @@ func (s *Store) ClaimSubmissions(ctx context.Context, lease Lease, limit int) (l
 	return list, err
 }
 
+// SubmissionBegun says that a claim whose model was refused before could be begun. Then the
+// others that ask for that model may be claimed, too, and not only one in a while.
+func (s *Store) SubmissionBegun(ctx context.Context, c *Claim) error {
+	return s.once(ctx, "note that a submission has begun", func(ctx context.Context) error {
+		_, err := s.pool.Exec(ctx, `SELECT submission_begun($1, $2, $3)`, s.at(), c.Key, c.Model)
+		return err
+	})
+}
+
 // WaitsFor is what a submission that is returned waits for.
 type WaitsFor string
 

@@ -300,7 +300,7 @@ func TestReturns(t *testing.T) {
 			_, _, err := cl.s.Submit(t.Context(), n)
 			cl.must(err)
 			other.submit("other")
-			if !cl.giveBack(books.Return{Claim: &first[0], For: c.waits, Code: "c", Pause: later, Tries: 3}) {
+			if !cl.giveBack(books.Return{Claim: &first[0], For: c.waits, Code: "c", Pause: later}) {
 				t.Fatal("the claim was somebody else's")
 			}
 			if cl.giveBack(books.Return{Claim: &first[0], For: c.waits, Pause: later}) || cl.end(&first[0], books.End{Completion: "{}"}) {
@@ -314,6 +314,25 @@ func TestReturns(t *testing.T) {
 			}
 		})
 	}
+}
+
+// After a refusal one goes ahead, and the others of its lane follow once it has begun.
+func TestProbe(t *testing.T) {
+	c := newClient(t, open(t), limits{concurrency: 9, qps: 1000})
+	woken := listen(t, c.s)
+	c.submit("1", "2", "3")
+	first := c.claim(1)
+	c.giveBack(books.Return{Claim: &first[0], For: books.WaitsForModel, Code: schemas.CodeAgentOffline, Tries: 1})
+	probe := c.claim(9)
+	wantClaims(t, probe, "1")
+	if probe[0].Tries != 1 {
+		t.Errorf("%+v", probe[0])
+	}
+	wantClaims(t, c.claim(9))
+	drain(woken)
+	c.must(c.s.SubmissionBegun(t.Context(), &probe[0]))
+	await(t, woken)
+	wantClaims(t, c.claim(9), "2", "3")
 }
 
 // A run that ends lets one go on that waited for the model's capacity.

@@ -76,32 +76,32 @@ const resultPoll = 2 * time.Second
 // most for the time that r says, or until ctx ends. The error is a *schemas.Error, or wraps
 // one, for the publisher.
 func (s *Scheduler) Result(ctx context.Context, key schemas.KeyID, r schemas.ResultRequest) (*schemas.Result, error) {
-	ctx, cancel := context.WithTimeout(ctx, time.Duration(r.WaitSeconds)*time.Second+booksWait)
-	defer cancel()
 	over := time.NewTimer(time.Duration(r.WaitSeconds) * time.Second)
 	defer over.Stop()
 	// Before the first look, so that no end falls between the two.
 	told, release := s.await(name{key, r.ID})
 	defer release()
 	for {
-		sub, err := s.Books.FindSubmission(ctx, key, r.ID)
+		look, cancel := context.WithTimeout(context.WithoutCancel(ctx), booksWait)
+		sub, err := s.Books.FindSubmission(look, key, r.ID)
+		cancel()
 		if err != nil {
 			return nil, away(err)
 		}
 		if sub.State.Ended() || r.WaitSeconds == 0 {
 			return s.fit(&sub), nil
 		}
-		look := time.NewTimer(resultPoll)
+		again := time.NewTimer(resultPoll)
 		select {
 		case <-told:
-		case <-look.C:
+		case <-again.C:
 		case <-over.C:
 			r.WaitSeconds = 0
 		case <-ctx.Done():
-			look.Stop()
+			again.Stop()
 			return s.fit(&sub), nil
 		}
-		look.Stop()
+		again.Stop()
 	}
 }
 

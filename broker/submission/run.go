@@ -36,6 +36,12 @@ func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
 		s.refused(ctx, c, nil, err, rate)
 		return
 	}
+	if c.Tries > 0 {
+		// Should that fail, the others are tried one after the other.
+		if err := s.Books.SubmissionBegun(ctx, c); err != nil {
+			s.Log.WarnContext(ctx, "submissions of a model stay parked", "key", c.Key, "error", err)
+		}
+	}
 	completion, failure := s.read(ctx, req.Key, reply)
 	if failure != nil {
 		reply.Close()
@@ -129,6 +135,9 @@ const (
 	// busyPause is after how long it is looked again for room at a model, if no run that
 	// ended has told.
 	busyPause = 250 * time.Millisecond
+	// slotPause is after how long it is looked again for a slot or for money, if no release
+	// has told.
+	slotPause = 2 * time.Second
 	// maxPause bounds the pauses between two tries.
 	maxPause = 10 * time.Second
 )
@@ -158,9 +167,12 @@ func (s *Scheduler) refused(ctx context.Context, c *books.Claim, reply *dispatch
 		s.publish(ctx, c, s.end(ctx, c, books.End{Err: failure}))
 	default:
 		r := books.Return{Claim: c, For: v.waits, Code: failure.Code, Pause: v.pause, Tries: c.Tries, Lost: v.lost}
-		if r.For == books.WaitsForModel || r.For == books.WaitsForMoney || r.For == books.WaitsForSlot {
+		switch r.For {
+		case books.WaitsForModel:
 			r.Tries++
-			r.Pause = max(r.Pause, backoff(r.Tries))
+			r.Pause = backoff(r.Tries)
+		case books.WaitsForSlot, books.WaitsForMoney:
+			r.Pause, r.Tries = slotPause, 0 // the model could have been had
 		}
 		s.giveBack(ctx, r)
 	}

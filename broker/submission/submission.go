@@ -86,6 +86,7 @@ type Books interface {
 	FindSubmission(ctx context.Context, key schemas.KeyID, client string) (books.Submission, error)
 	ClaimSubmissions(ctx context.Context, lease books.Lease, limit int) ([]books.Claim, error)
 	ReturnSubmission(ctx context.Context, r books.Return) (bool, error)
+	SubmissionBegun(ctx context.Context, c *books.Claim) error
 	EndSubmission(ctx context.Context, c *books.Claim, e books.End) (bool, error)
 	OwnedSubmissions(ctx context.Context, owner schemas.OwnerID) ([]books.OwnedSubmission, error)
 	SweepSubmissions(ctx context.Context, o books.SubmissionSweep) (books.SweptSubmissions, error)

@@ -165,6 +165,7 @@ LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = o
 #variable_conflict use_column
 DECLARE
     lanes_looked_at CONSTANT integer := 32;
+    probe CONSTANT interval := '5 seconds'; -- after a refusal, one goes ahead, to see whether others can
     moment timestamptz := coalesce(at, now());
     keys   text[];
     room   integer[]; -- what each key may still get
@@ -205,7 +206,8 @@ BEGIN
             RETURNING q.id, q.key_id, q.tenant_id, q.model, q.owner_id, q.run, q.lost INTO id, key_id, tenant_id, model, owner_id, run, lost;
             SELECT s.client_id, s.created_at, coalesce(t.request, '') INTO client_id, created_at, request
             FROM submissions s LEFT JOIN submission_texts t ON t.id = s.id WHERE s.id = lane.id;
-            UPDATE submission_lanes l SET head = lane.id + 1, due_at = moment, busy = false WHERE l.key_id = keys[i] AND l.model = lane.model;
+            UPDATE submission_lanes l SET head = lane.id + 1, busy = false,
+                due_at = moment + CASE WHEN lane.tries > 0 THEN probe ELSE '0' END WHERE l.key_id = keys[i] AND l.model = lane.model;
             tries := lane.tries;
             RETURN NEXT;
             room[i] := room[i] - 1; got[i] := true; more := true; taken := taken + 1;
@@ -261,7 +263,7 @@ BEGIN
     INSERT INTO submission_lanes AS l (key_id, model, tenant_id, head, due_at, tries, reason, busy)
     VALUES (q.key_id, q.model, q.tenant_id, submission, CASE WHEN alone THEN later ELSE moment END, lane_tries, code, what = 'busy')
     ON CONFLICT (key_id, model) DO UPDATE SET head = least(l.head, submission), reason = code, tries = lane_tries, busy = what = 'busy',
-        due_at = CASE WHEN alone THEN later ELSE l.due_at END;
+        due_at = CASE WHEN alone THEN later ELSE least(l.due_at, moment) END;
     IF what = 'key' THEN
         UPDATE submission_turns t SET waits_for_slot = false, parked_until = later, due_at = later WHERE t.key_id = q.key_id;
     ELSIF what = 'money' OR what = 'slot' AND EXISTS ( -- a slot that came free before the turn was locked has told nobody
@@ -303,11 +305,25 @@ BEGIN
                 UPDATE submission_turns t SET waits_for_slot = false, parked_until = '-infinity', due_at = moment WHERE t.key_id = q.key_id;
                 PERFORM pg_notify('ownllm_submissions', '');
             END IF;
-            UPDATE submission_lanes l SET tries = 0 WHERE l.key_id = q.key_id AND l.model = q.model AND l.tries > 0 AND result = 'done';
             PERFORM submission_open(moment, q.tenant_id, q.model);
         END IF;
         RETURN NEXT q.id;
     END LOOP;
+END $$;
+-- +goose StatementEnd
+
+-- +goose StatementBegin
+-- What a key waits for in a lane can be had again: the rest of it needn't wait any more.
+CREATE FUNCTION submission_begun(at timestamptz, key text, model_id text) RETURNS void
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    moment timestamptz := coalesce(at, now());
+BEGIN
+    PERFORM FROM submission_turns t WHERE t.key_id = key FOR UPDATE;
+    UPDATE submission_lanes l SET tries = 0, due_at = moment WHERE l.key_id = key AND l.model = model_id;
+    UPDATE submission_turns t SET due_at = greatest(t.parked_until, moment) WHERE t.key_id = key AND t.due_at > moment;
+    PERFORM pg_notify('ownllm_submissions', '');
 END $$;
 -- +goose StatementEnd
 
@@ -361,6 +377,7 @@ DROP TRIGGER submission_release ON key_accounts;
 DROP FUNCTION submission_release;
 DROP FUNCTION submission_end;
 DROP FUNCTION submission_open;
+DROP FUNCTION submission_begun;
 DROP FUNCTION submission_return;
 DROP FUNCTION submission_claim;
 DROP FUNCTION submission_head;
