@@ -64,6 +64,9 @@ type Job struct {
 	// Count asks for the exact size of the prompt, on a progress frame, before the
 	// backend is called, if the backend can tell.
 	Count bool `json:"count,omitempty"`
+	// CountLate asks for it once the reply has been under way for a moment: for an owner
+	// who has plenty to pay with, and wants to know only what a reply costs that breaks off.
+	CountLate bool `json:"count_late,omitempty"`
 	// Continue is set on an attempt that goes on where another one broke off: the worker
 	// lets the backend say only what comes after the text.
 	Continue *Continuation `json:"continue,omitempty"`

@@ -26,7 +26,7 @@ var wire = map[string]struct{ full, minimal any }{
 		&Job{
 			Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1, Nonce: NewNonce(), Owner: NewOwnerID(), Tenant: NewTenantID(),
 			Key: NewKeyID(), Operation: "chat", Model: "qwen/qwen2.5:32b", Deadline: 1, ColdWait: 1, Stream: true, IncludeUsage: true,
-			Completion: NewRequestID().CompletionID(), Created: 1, ReplyModel: "m", Limit: 1, More: true, Count: true, BodySize: 1,
+			Completion: NewRequestID().CompletionID(), Created: 1, ReplyModel: "m", Limit: 1, More: true, Count: true, CountLate: true, BodySize: 1,
 			Continue: &Continuation{Text: "t", Tokens: 1, PromptTokens: 1},
 		},
 		&Job{

@@ -350,6 +350,30 @@ func TestCount(t *testing.T) {
 	}
 }
 
+// An owner who has plenty hears of the prompt while a long reply is under way, and nothing
+// of that of a short one, which tells by itself.
+func TestCountLate(t *testing.T) {
+	t.Parallel()
+	h, _ := one(t, demo.Options{}, 1)
+	o := h.owner()
+	for _, takes := range []time.Duration{0, time.Second} {
+		job := o.job(time.Now().Add(time.Minute))
+		job.CountLate = true
+		o.ask(job, wish(t, nil, numbered(10, takes)))
+		r := o.hear()
+		if takes > 0 {
+			r.until("the size of the prompt", func() bool { return r.prompt > 0 })
+		}
+		r.end().want(10, "stop")
+		switch told := r.last.Usage.PromptTokens; {
+		case takes == 0 && r.prompt != 0:
+			t.Error("the prompt of a short reply was counted")
+		case takes > 0 && r.prompt != told:
+			t.Errorf("the prompt was counted as %d, and is %d", r.prompt, told)
+		}
+	}
+}
+
 // A count that fails is no error.
 func TestCountThatFails(t *testing.T) {
 	t.Parallel()

@@ -30,7 +30,8 @@ type run struct {
 	life   context.Context //nolint:containedctx // of the worker, for what outlives the job
 	// started is closed once the run has its slot, or needs none.
 	started chan struct{}
-	working atomic.Bool // has a slot
+	working atomic.Bool  // has a slot
+	prompt  atomic.Int64 // its exact size in tokens, 0 if it wasn't counted
 	// allowance is how many tokens the reply may have.
 	allowance *allowance
 }
@@ -104,7 +105,35 @@ func (r *run) serve(ctx context.Context) error {
 	if prompt > 0 && r.job.Count {
 		r.counted(prompt)
 	}
-	return r.chat(ctx, p.backend, body, prompt)
+	r.prompt.Store(int64(prompt))
+	if r.job.CountLate && prompt == 0 {
+		defer r.countLate(ctx, p.backend, body)()
+	}
+	return r.chat(ctx, p.backend, body)
+}
+
+// countAfter is how long a run has to last for its prompt to be counted late: a count is
+// a request of its own, and a short reply soon tells by itself.
+const countAfter = 100 * time.Millisecond
+
+// countLate counts the prompt while the run is under way, until stop is called.
+func (r *run) countLate(ctx context.Context, b *backend.Backend, body []byte) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	timer := time.AfterFunc(countAfter, func() {
+		defer close(done)
+		// A count that fails is no error: the reply may tell.
+		if n, err := b.CountPrompt(ctx, r.job.Model, body); err == nil && n > 0 {
+			r.prompt.Store(int64(n))
+			r.counted(n)
+		}
+	})
+	return func() {
+		cancel()
+		if !timer.Stop() {
+			<-done
+		}
+	}
 }
 
 // warm waits for the model to be loaded, for as long as the request may wait.
@@ -127,21 +156,21 @@ func (r *run) warm(ctx context.Context, p *place) error {
 }
 
 // chat calls the backend and sends on what it says.
-func (r *run) chat(ctx context.Context, b *backend.Backend, body []byte, prompt int) error {
+func (r *run) chat(ctx context.Context, b *backend.Backend, body []byte) error {
 	series := r.w.cfg.Metrics.Series(r.job.Operation, string(b.Kind()), r.job.Model)
 	callCtx, span := r.w.cfg.Tracer.Call(ctx, r.job.Operation, string(b.Kind()), r.job.Model)
 	start := time.Now()
-	err := r.relay(callCtx, b, body, prompt, func() { series.BackendChunk(callCtx, time.Since(start)) })
+	err := r.relay(callCtx, b, body, func() { series.BackendChunk(callCtx, time.Since(start)) })
 	trace.End(span, err)
 	series.BackendCalled(callCtx, time.Since(start), outcome(err))
 	return err
 }
 
-func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, prompt int, first func()) error {
+func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, first func()) error {
 	call := &backend.Call{
 		Model: r.job.Model, Body: body, Stream: r.job.Stream, IncludeUsage: r.job.IncludeUsage,
 		Completion: r.job.Completion, Created: r.job.Created, ReplyModel: r.job.ReplyModel,
-		PromptTokens: prompt, Continue: r.job.Continue,
+		Prompt: func() int { return int(r.prompt.Load()) }, Continue: r.job.Continue,
 	}
 	r.allowance.bound(call)
 	reply, err := b.Chat(ctx, call)

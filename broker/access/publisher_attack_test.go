@@ -29,7 +29,6 @@ type attack struct {
 	*bench   // of the agents
 	secret   apikey.Key
 	evil     *nats.Conn
-	quiet    *nats.Subscription // the victim's inbox and results
 	ingress  *nats.Conn
 	all      *nats.Subscription // that is published in the publishers' account
 	attempts int

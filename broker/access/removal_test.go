@@ -3,14 +3,18 @@ package access_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
 	"github.com/ownllm/ownllm/broker/access"
+	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/internal/natstest"
+	"github.com/ownllm/ownllm/schemas"
 )
 
 // An agent that is removed loses all its connections at once and can't come back, and
@@ -64,5 +68,77 @@ func removalCuts(t *testing.T, server site) {
 	}
 	if !bystander.IsConnected() {
 		t.Error("another agent was cut off")
+	}
+}
+
+// More connections than a server tells of at once are looked at all the same, and of these
+// only those are closed that are to be.
+func TestSweepOfMany(t *testing.T) {
+	const many = 2048 + 300
+	server := natstest.Start(t)
+	system := server.System()
+	lost := make(chan int, many)
+	var clients []*nats.Conn
+	for i := range many {
+		key, id := apikey.New(), schemas.KeyID(fmt.Sprintf("key_%d", i))
+		server.Agents().Issue(id, key, 0)
+		nc, err := nats.Connect(server.Config("").URL, nats.InProcessServer(server), nats.Token(key.Reveal()), nats.NoReconnect(),
+			nats.ClosedHandler(func(*nats.Conn) { lost <- i }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		clients = append(clients, nc)
+	}
+	odd := func(user string) (number int, odd bool) {
+		key, _, ok := access.ParsePublisherUser(user)
+		if _, err := fmt.Sscanf(string(key), "key_%d", &number); !ok || err != nil {
+			t.Errorf("asked for %q", user)
+		}
+		return number, number%2 == 1
+	}
+	var asked []string
+	err := access.Sweep(t.Context(), system, access.Scope{Account: access.AccountIngress}, func(_ context.Context, users []string) (ended []string, err error) {
+		asked = append(asked, users...)
+		for _, user := range users {
+			if _, ends := odd(user); ends {
+				ended = append(ended, user)
+			}
+		}
+		return ended, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(asked)
+	if n := len(slices.Compact(asked)); n != many {
+		t.Errorf("asked for %d users", n)
+	}
+	for range many / 2 {
+		select {
+		case i := <-lost:
+			if i%2 == 0 {
+				t.Errorf("client %d was cut off", i)
+			}
+		case <-time.After(patience):
+			t.Fatal("some are still there")
+		}
+	}
+	for i, nc := range clients {
+		if i%2 == 0 && !nc.IsConnected() {
+			t.Errorf("client %d was cut off", i)
+		}
+	}
+}
+
+// A sweep that couldn't ask who is to go says so, and closes nothing.
+func TestSweepFails(t *testing.T) {
+	server := natstest.Start(t)
+	nc := server.Publisher(ourKey, apikey.New())
+	away := errors.New("the books are away")
+	err := access.Sweep(t.Context(), server.System(), access.Scope{Account: access.AccountIngress},
+		func(context.Context, []string) ([]string, error) { return nil, away })
+	if !errors.Is(err, away) || !nc.IsConnected() {
+		t.Errorf("%v, still connected: %v", err, nc.IsConnected())
 	}
 }

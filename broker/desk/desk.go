@@ -159,13 +159,16 @@ var ErrShuttingDown = schemas.Errorf(schemas.CodeInternalError,
 	"This server is shutting down. Send the request again.").WithRetryAfter(time.Second)
 
 // settleWait is how long a client waits for the end of its reply until the books have
-// what it costs. It may begin the next request at once, and what the last one held has
-// to be free by then, wherever that goes.
+// what it costs, if its key has little left: it may begin the next request at once, and
+// what the last one held has to be free by then, wherever that goes.
 const settleWait = time.Second
 
-// Settle ends the request, and waits for a while until the books have it.
+// Settle ends the request, and waits for a while until the books have it, if that matters.
 func Settle(reply *dispatch.Reply) {
 	reply.Close()
+	if !reply.Scarce() {
+		return
+	}
 	select {
 	case <-reply.Settled():
 		return

@@ -26,6 +26,9 @@ const (
 	topUpRetry = 250 * time.Millisecond
 	// noteWait bounds how long a failover waits for the books to take note.
 	noteWait = time.Second
+	// noteAfter is how long a reply has to be under way until the books are told how long
+	// its prompt is. What a short one holds too much comes back with its settlement.
+	noteAfter = 100 * time.Millisecond
 )
 
 // bill is the state of a Reply's reservation.
@@ -50,6 +53,7 @@ type bill struct {
 	topping  bool  // more is being asked for
 	away     bool  // the books can't be reached for it
 	prompt   *int64
+	noted    bool // the books know it, or are being told
 	// unheard is where the worker waits for the word that its last frame has been taken.
 	unheard string
 }
@@ -123,19 +127,29 @@ func (r *Reply) limited(limit int64) {
 
 // count heeds what a frame says of tokens: when half of what may be had is used up, more
 // is asked for. r.mu is held.
-func (r *Reply) count(a *attempt, f *schemas.Frame) {
+func (r *Reply) count(f *schemas.Frame) {
 	b := &r.bill
 	if b.settling {
 		return
 	}
-	if n := int64(f.PromptTokens); n > 0 && b.prompt == nil && b.grant.Price > 0 {
+	if n := int64(f.PromptTokens); n > 0 && b.prompt == nil {
 		b.prompt = &n
-		b.work.Go(func() { r.notePrompt(a, n) })
 	}
 	if b.more && !b.topping && int64(f.Tokens)*2 >= b.limit {
 		b.topping = true
 		b.work.Go(r.topUp)
 	}
+}
+
+// noteDue has the books told how long the prompt is, once it is due. r.mu is held.
+func (r *Reply) noteDue(a *attempt, now time.Time) {
+	b := &r.bill
+	if b.noted || b.settling || b.prompt == nil || b.grant.Price == 0 || now.Sub(a.claimed) < noteAfter {
+		return
+	}
+	b.noted = true
+	n := *b.prompt
+	b.work.Go(func() { r.notePrompt(a, n) })
 }
 
 // notePrompt tells the books how long the prompt is.
@@ -218,6 +232,10 @@ func (r *Reply) tellLimit() {
 	}
 	r.d.control(a.agent, schemas.Control{Operation: schemas.ControlLimit, Nonce: a.nonce, Limit: limit, More: more})
 }
+
+// Scarce reports whether the next request of the key may have to wait until this one is
+// settled.
+func (r *Reply) Scarce() bool { return r.bill.grant.Scarce }
 
 // Settled is closed once the books have what the request is charged, after Close.
 func (r *Reply) Settled() <-chan struct{} { return r.bill.settled }

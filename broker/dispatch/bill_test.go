@@ -162,6 +162,20 @@ func TestLimitsThatNeedNoBooks(t *testing.T) {
 	d.limit(1500, false)
 }
 
+// An owner with plenty to pay with lets the prompt be counted late.
+func TestCountLate(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t, 10, nil)
+	h.books.Set(func() { h.books.Price = 1 })
+	a := h.agent(agentA)
+	reply := h.start(priced())
+	if d := a.pull(); d.job.Count || !d.job.CountLate {
+		t.Errorf("count %t, late %t", d.job.Count, d.job.CountLate)
+	}
+	reply.Close()
+	h.settled(agentA)
+}
+
 // The exact size of the prompt is noted in the books.
 func TestPromptIsNoted(t *testing.T) {
 	t.Parallel()

@@ -391,7 +391,10 @@ func (r *Reply) publish(choice presence.Choice, ends uint64) error {
 		Deadline: r.req.Received.Add(d.cfg.Total).UnixMilli(), ColdWait: d.cfg.ColdWait.Milliseconds(),
 		Stream: r.req.Stream, IncludeUsage: r.req.IncludeUsage,
 		Completion: r.req.ID.CompletionID(), Created: r.req.Received.Unix(), ReplyModel: r.req.Model,
-		Count: r.bill.grant.Rate.HasBudget, Continue: r.from,
+		Continue: r.from,
+	}
+	if g := &r.bill.grant; g.Rate.HasBudget {
+		job.Count, job.CountLate = g.Scarce, !g.Scarce
 	}
 	if r.req.LoadWait != nil {
 		job.ColdWait = r.req.LoadWait.Milliseconds()

@@ -282,7 +282,7 @@ func (r *Reply) take(subject, inbox string, f *schemas.Frame, now time.Time) (sc
 		r.settle(func() { r.heed(a) })
 		return v, false
 	}
-	r.count(a, f)
+	r.count(f)
 	// A frame that was seen is answered like one that is taken; a gap shows in Next.
 	v.Go, v.Next, v.Limit, v.More = true, a.next, r.bill.limit, r.bill.more
 	return v, true
@@ -364,6 +364,7 @@ func (r *Reply) sweep(now time.Time) {
 	if a == nil || r.ended {
 		return
 	}
+	r.noteDue(a, now)
 	cfg := &r.d.cfg
 	switch {
 	case r.bill.grant.Expired():

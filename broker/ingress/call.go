@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"maps"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -76,7 +78,7 @@ func (in *Ingress) takeOther(m *nats.Msg) {
 		return
 	}
 	c := &call{in: in, id: schemas.NewRequestID(), inbox: m.Reply}
-	c.finish(schemas.Errorf(schemas.CodeNotFound, "There is no operation %q; there are chat, models, whoami, cancel, submit and result.", name))
+	c.finish(schemas.Errorf(schemas.CodeNotFound, "There is no operation %q. Use one of %s.", name, strings.Join(slices.Sorted(maps.Keys(operations)), ", ")))
 }
 
 // drop counts a message that can't be answered.

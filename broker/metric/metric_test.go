@@ -28,6 +28,7 @@ func TestDiscard(t *testing.T) {
 			s.BackendChunk(ctx, 1)
 			s.BackendCalled(ctx, 1, metric.CodeOK)
 			i.Failover(ctx)
+			i.Dropped(ctx, metric.DropNoReply)
 			i.StreamClosed(ctx)
 			i.RequestEnded(ctx, "chat", metric.CodeOK)
 		})

@@ -26,6 +26,9 @@ type Grant struct {
 	// Price is that of 1,000 tokens, in micro-cents.
 	Price int64
 	Rate  Rate
+	// Scarce says that the next request of the key may have to wait for what this one
+	// holds.
+	Scarce bool
 
 	lease *lease
 	term  *term
@@ -133,7 +136,7 @@ func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
 		return grant, err
 	}
 	grant.Request, grant.Key, grant.Limit, grant.Price = ask.Request, ask.Key, d.Limit, d.Price
-	grant.lease, grant.term = g.lease, a.term
+	grant.lease, grant.term, grant.Scarce = g.lease, a.term, scarce(d)
 	if ask.Limit <= 0 {
 		grant.Open = true
 		if d.Price == 0 {
@@ -142,6 +145,14 @@ func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
 	}
 	return grant, nil
 }
+
+// scarce reports whether little was left when a request was admitted: less than half of
+// the slots, or money for less than scarceBelow more like it.
+func scarce(d *books.Decision) bool {
+	return 2*d.SlotsFree < d.Slots || d.Budget != nil && d.BudgetFree/scarceBelow < d.Amount
+}
+
+const scarceBelow = 16
 
 // ask asks the books once.
 func (g *Gate) ask(ctx context.Context, ask Ask) (*admission, error) {
@@ -232,11 +243,12 @@ func (g *Gate) alter(ctx context.Context, alter books.Alter) (books.Altered, err
 // Settle ends a request: it is charged for a prompt, nil standing for what was
 // reserved, and for a completion of so many tokens. It doesn't wait. Once the books have
 // taken it, which they will as long as the gate runs, then is called, unless it is nil,
-// and the channel is closed. then must not block.
+// and the channel is closed. then must not block. What isn't scarce may take some
+// milliseconds longer.
 func (g *Gate) Settle(grant *Grant, prompt *int64, completion int64, outcome books.Outcome, then func()) <-chan struct{} {
 	return g.shard(grant.Key).settle(books.Settlement{
 		Request: grant.Request, Key: grant.Key, Prompt: prompt, Completion: completion, Outcome: outcome,
-	}, then)
+	}, grant.Scarce, then)
 }
 
 // Unsettled counts the settlements that the books haven't taken yet.

@@ -242,6 +242,62 @@ func TestLostAnswer(t *testing.T) {
 	})
 }
 
+// A settlement that nobody waits for lies a moment and shares its turn; one by which the
+// next request of its key may be let in doesn't, and takes the others along.
+func TestScarceSettlesAtOnce(t *testing.T) {
+	in(t, func(t *testing.T) {
+		f := &fake{}
+		g, _ := start(t, f, quota.Config{Shards: 1})
+		var grants []quota.Grant
+		admit := func(d books.Decision) {
+			t.Helper()
+			f.set(func() {
+				f.take = func(turn books.Turn) (books.Outcomes, error) {
+					out := yes(turn)
+					for i := range out.Admit {
+						out.Admit[i] = d
+					}
+					return out, nil
+				}
+			})
+			grant, err := g.Admit(t.Context(), ask("k"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			grants = append(grants, grant)
+		}
+		budget := int64(1000)
+		for range 4 {
+			admit(books.Decision{Slots: 32, SlotsFree: 31, Budget: &budget, BudgetFree: 900, Amount: 10})
+		}
+		admit(books.Decision{Slots: 1, SlotsFree: 0})
+		admit(books.Decision{Slots: 32, SlotsFree: 31, Budget: &budget, BudgetFree: 100, Amount: 10})
+		f.set(func() { f.turns = nil })
+		settle := func(i int) <-chan struct{} {
+			return g.Settle(&grants[i], nil, 1, books.OutcomeDone, nil)
+		}
+		begun := time.Now()
+		first, second := settle(0), settle(1)
+		<-first
+		<-second
+		if took := time.Since(begun); took == 0 || took > 10*time.Millisecond {
+			t.Errorf("two that nobody waits for took %s", took)
+		}
+		for i, scarce := range []int{4, 5} {
+			begun = time.Now()
+			relaxed := settle(2 + i)
+			<-settle(scarce)
+			<-relaxed
+			if took := time.Since(begun); took != 0 {
+				t.Errorf("scarce: took %s", took)
+			}
+		}
+		if turns := f.seen(); len(turns) != 3 {
+			t.Errorf("%d turns for 3 pairs: %+v", len(turns), turns)
+		}
+	})
+}
+
 // Settlements wait until the books are back, and none is lost, not even at the end.
 func TestSettleIsKept(t *testing.T) {
 	in(t, func(t *testing.T) {

@@ -12,6 +12,8 @@ import (
 const (
 	// maxTurn bounds each list of a turn, and so for how long it locks its keys.
 	maxTurn = 512
+	// gatherFor is how long a settlement that nobody waits for may lie.
+	gatherFor = 5 * time.Millisecond
 	// awayFor is how long the books are left alone after they couldn't be reached.
 	awayFor = 250 * time.Millisecond
 	// retryWithin is how fast a turn must have failed to be tried again at once.
@@ -49,8 +51,9 @@ type change struct {
 // settlement is one that the books haven't taken yet.
 type settlement struct {
 	books.Settlement
-	then func() // or nil
-	done chan struct{}
+	scarce bool   // somebody may wait for what it gives back
+	then   func() // or nil
+	done   chan struct{}
 }
 
 // shard has one turn under way at a time; what comes in meanwhile waits for the next.
@@ -64,6 +67,7 @@ type shard struct {
 	changes []*change
 	settles []*settlement // oldest first
 	taken   int           // settlements in the turn under way
+	scarce  bool          // one of settles is
 }
 
 func newShard(g *Gate) *shard { return &shard{gate: g, wake: make(chan struct{}, 1)} }
@@ -88,10 +92,11 @@ func (s *shard) signal() {
 }
 
 // settle takes a settlement even after the gate has stopped: then nobody gets to it.
-func (s *shard) settle(x books.Settlement, then func()) <-chan struct{} {
-	p := &settlement{Settlement: x, then: then, done: make(chan struct{})}
+func (s *shard) settle(x books.Settlement, scarce bool, then func()) <-chan struct{} {
+	p := &settlement{Settlement: x, scarce: scarce, then: then, done: make(chan struct{})}
 	s.mu.Lock()
 	s.settles = append(s.settles, p)
+	s.scarce = s.scarce || scarce
 	s.mu.Unlock()
 	s.signal()
 	return p.done
@@ -99,7 +104,7 @@ func (s *shard) settle(x books.Settlement, then func()) <-chan struct{} {
 
 // void makes sure that a request holds nothing.
 func (s *shard) void(a Ask) {
-	s.settle(books.Settlement{Request: a.Request, Key: a.Key, Outcome: books.OutcomeVoid}, nil)
+	s.settle(books.Settlement{Request: a.Request, Key: a.Key, Outcome: books.OutcomeVoid}, true, nil)
 }
 
 func (s *shard) unsettled() int {
@@ -151,7 +156,7 @@ func (s *shard) take() (w work, more bool) {
 	w.changes, s.changes = s.changes[:n:n], s.changes[n:]
 	n = min(len(s.settles), maxTurn)
 	w.settles, s.settles = s.settles[:n:n], s.settles[n:]
-	s.taken = n
+	s.taken, s.scarce = n, false
 	return w, len(s.asks)+len(s.changes)+len(s.settles) > 0
 }
 
@@ -163,6 +168,7 @@ func (s *shard) run(ctx context.Context) {
 		case <-ctx.Done():
 			continue
 		}
+		s.gather(ctx)
 		w, more := s.take()
 		if more {
 			s.signal()
@@ -190,6 +196,32 @@ func (s *shard) run(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// gather leaves settlements that nobody waits for a moment to be joined by others: a turn
+// costs the books several times what one more settlement in it does.
+func (s *shard) gather(ctx context.Context) {
+	if s.pressed() {
+		return
+	}
+	timer := time.NewTimer(gatherFor)
+	defer timer.Stop()
+	for !s.pressed() {
+		select {
+		case <-s.wake:
+		case <-timer.C:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// pressed reports whether somebody waits for the next turn.
+func (s *shard) pressed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.scarce || len(s.asks)+len(s.changes) > 0 || len(s.settles) >= maxTurn
 }
 
 // pause leaves the books alone for a moment, and refuses whoever asks meanwhile.
@@ -346,6 +378,7 @@ func (s *shard) settled(list []*settlement) {
 func (s *shard) keep(list []*settlement) {
 	s.mu.Lock()
 	s.settles = append(list, s.settles...)
+	s.scarce = true
 	s.taken -= len(list)
 	s.mu.Unlock()
 }

@@ -14,7 +14,9 @@ func (natsConfigCommand) Help() string {
 	return `Prints the configuration of a nats-server: the accounts, and that ` + "`ownllm broker`" + ` lets
 agents and publishers in. The output holds the secret. Addresses, TLS, the folder of JetStream and the
 other servers of a cluster are for you to add, by flags or in a file that includes this
-one. For workers that come by WebSocket add a websocket block.
+one. Give routes and gateways an authorization of their own: without one, whoever reaches
+their port is a server of the cluster. For workers that come by WebSocket add a websocket
+block.
 
 Examples:
 

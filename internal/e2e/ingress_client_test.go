@@ -19,6 +19,8 @@ import (
 type publisher struct {
 	nc  *nats.Conn
 	key schemas.KeyID
+	// header is sent along with every chat request.
+	header nats.Header
 }
 
 // newPublisher connects with a secret of the key, and waits until the brokers answer.
@@ -30,7 +32,7 @@ func newPublisher(t *testing.T, url string, key schemas.KeyID, secret string, op
 		t.Fatal(err)
 	}
 	t.Cleanup(nc.Close)
-	p := &publisher{nc, key}
+	p := &publisher{nc: nc, key: key}
 	stack.Until(t, 30*time.Second, "a broker that answers publishers", func() bool {
 		_, err := nc.Request(schemas.InSubject(key, schemas.OperationWhoami), nil, time.Second)
 		return err == nil
@@ -109,7 +111,8 @@ func (p *publisher) follow(ctx context.Context, operation string, body []byte, s
 	if err := sub.SetPendingLimits(-1, -1); err != nil {
 		return heard{broken: err}
 	}
-	if err := p.nc.PublishRequest(schemas.InSubject(p.key, operation), inbox, body); err != nil {
+	m := &nats.Msg{Subject: schemas.InSubject(p.key, operation), Reply: inbox, Header: p.header, Data: body}
+	if err := p.nc.PublishMsg(m); err != nil {
 		return heard{broken: err}
 	}
 	for {

@@ -140,7 +140,7 @@ func (h *natsHouse) whoami(t *testing.T, p *publisher) {
 	}
 	defer nc.Close()
 	var same schemas.Whoami
-	if err := (&publisher{nc, stranger}).ask(schemas.OperationWhoami, nil, &same); err != nil || same.Key != h.key || same.Prefix != who.Prefix {
+	if err := (&publisher{nc: nc, key: stranger}).ask(schemas.OperationWhoami, nil, &same); err != nil || same.Key != h.key || same.Prefix != who.Prefix {
 		t.Errorf("by the fingerprint: %+v, %+v", same, err)
 	}
 }

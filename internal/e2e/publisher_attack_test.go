@@ -106,7 +106,7 @@ func attackBroker(t *testing.T, store *books.Store, key apikey.Key, url, token s
 		_, err := victim.ChanSubscribe(subject, to)
 		must(err)
 	}
-	body := chatBody(true, map[string]any{"max_tokens": 400, "demo": map[string]any{"tokens_per_second": 100}})
+	body := chatBody(true, map[string]any{"demo": map[string]any{"tokens": 400, "tokens_per_second": 100}})
 	must(victim.PublishRequest(schemas.InSubject(theirs, schemas.OperationChat), inbox, body))
 	var first schemas.Answer
 	for first.Kind != schemas.FrameChunk {
@@ -190,8 +190,8 @@ func attackBroker(t *testing.T, store *books.Store, key apikey.Key, url, token s
 		}
 	}
 	for operation, want := range map[string]string{
-		schemas.OperationCancel: `"error"`, // it isn't ours, and isn't there for all that we know
-		schemas.OperationChat:   `"error"`, // our tenant has no model
+		schemas.OperationCancel: `"error"`,                        // it isn't ours, and isn't there for all that we know
+		schemas.OperationChat:   `"error"`,                        // our tenant has no model
 		schemas.OperationModels: string(schemas.CodeAgentOffline), // as is said to whoever has no agent
 		schemas.OperationWhoami: string(ours),
 	} {

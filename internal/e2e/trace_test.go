@@ -9,10 +9,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	collector "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/worker/demo"
 )
@@ -74,11 +76,25 @@ func TestOneTrace(t *testing.T) {
 	client.header = http.Header{"Traceparent": {"00-" + trace + "-" + parent + "-01"}}
 	wantWhole(t, client.chat(t.Context(), true, nil))
 
+	received.wantChain(t, trace, parent, "POST /v1/chat/completions", "send ownllm.v1.job", "process ownllm.v1.job", "chat demo")
+
+	// The same over NATS.
+	const busTrace, busParent = "5bf92f3577b34da6a3ce929d0e0e4737", "10f067aa0ba902b8"
+	id, secret := newKey(t, c, books.NewKey{})
+	p := newPublisher(t, c.NATSURL(), id, secret)
+	p.header = nats.Header{"traceparent": {"00-" + busTrace + "-" + busParent + "-01"}}
+	wantDone(t, p.chat(t.Context(), true, nil))
+	received.wantChain(t, busTrace, busParent, "process ownllm.v1.in.chat", "send ownllm.v1.job", "process ownllm.v1.job", "chat demo")
+}
+
+// wantChain waits for the spans of a trace, each of which is the child of the one before.
+func (c *traces) wantChain(t *testing.T, trace, parent string, names ...string) {
+	t.Helper()
 	up := parent
-	for _, name := range []string{"POST /v1/chat/completions", "send ownllm.v1.job", "process ownllm.v1.job", "chat demo"} {
+	for _, name := range names {
 		var span *tracepb.Span
 		stack.Until(t, 20*time.Second, "the span "+name, func() bool {
-			span = received.named(trace, name)
+			span = c.named(trace, name)
 			return span != nil
 		})
 		if got := hex.EncodeToString(span.ParentSpanId); got != up {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"log/slog"
+	"net"
 	"sync"
 	"testing"
 	"time"
@@ -65,6 +66,9 @@ func (s *Server) Restart(between func()) {
 
 // WebSocketURL is the address for clients that come by WebSocket.
 func (s *Server) WebSocketURL() string { return s.server.WebSocketURL() }
+
+// InProcessConn implements nats.InProcessConnProvider.
+func (s *Server) InProcessConn() (net.Conn, error) { return s.server.InProcessConn() }
 
 // Config returns what a part of the house needs to connect to the agents' account.
 func (s *Server) Config(name string) bus.Config {

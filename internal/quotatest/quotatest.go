@@ -100,7 +100,9 @@ func (l *Books) Turn(_ context.Context, turn books.Turn) (out books.Outcomes, er
 			d.Limit = min(max(a.Limit, turn.OpenTokens*min(1, max(0, 1-a.Limit))), l.Purse)
 			l.Purse -= d.Limit
 			l.holds[a.Request], l.Agents[a.Request] = d.Limit, a.Agent
+			d.Amount = d.Limit
 		}
+		d.BudgetFree = l.Purse
 		out.Admit = append(out.Admit, d)
 	}
 	return out, nil

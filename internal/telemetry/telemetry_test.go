@@ -107,6 +107,9 @@ func TestScrape(t *testing.T) {
 	i.StreamClosed(ctx)
 	i.StreamOpened(ctx)
 	i.Failover(ctx)
+	i.Dropped(ctx, metric.DropNoReply)
+	i.Dropped(ctx, metric.DropForeignReply)
+	i.Dropped(ctx, metric.DropForeignReply)
 	s.BackendChunk(ctx, 20*time.Millisecond)
 	s.BackendCalled(ctx, time.Second, metric.CodeOK)
 
@@ -120,6 +123,8 @@ func TestScrape(t *testing.T) {
 		`ownllm_request_active 0`,
 		`ownllm_stream_active 1`,
 		`ownllm_failovers_total 1`,
+		`ownllm_ingress_dropped_total{reason="no_reply"} 1`,
+		`ownllm_ingress_dropped_total{reason="foreign_reply"} 2`,
 		`ownllm_queue_depth{` + model + `} 1`,
 		`ownllm_queue_wait_seconds_bucket{` + model + `,le="0.025"} 0`,
 		`ownllm_queue_wait_seconds_bucket{` + model + `,le="0.05"} 1`,

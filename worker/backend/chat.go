@@ -42,9 +42,9 @@ type Call struct {
 	Completion string
 	Created    int64
 	ReplyModel string
-	// PromptTokens is the exact size of the prompt if it was counted; it stands in for
-	// the usage of a server that tells none.
-	PromptTokens int
+	// Prompt, if it isn't nil, returns the exact size of the prompt if that was counted by
+	// now, else 0; it stands in for the usage of a server that tells none.
+	Prompt func() int
 	// MaxTokens is how many tokens the server is allowed, all choices together, on top of
 	// what the client says; 0 stands for no bound.
 	MaxTokens int64
@@ -167,6 +167,13 @@ func (b *Backend) refused(ctx context.Context, c *Call, resp *http.Response) err
 
 var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, readBuffer) }}
 
+func (c *Call) prompt() int {
+	if c.Prompt == nil {
+		return 0
+	}
+	return c.Prompt()
+}
+
 // Reply is the reply to a Call. It is for one goroutine, and has to be closed.
 type Reply struct {
 	kind     Kind
@@ -265,7 +272,7 @@ func (r *Reply) Cut(dst []byte) []byte {
 	if r.kind != Ollama { // which makes one whatever is asked for
 		n = max(n, int(gjson.GetBytes(r.call.Body, "n").Int()))
 	}
-	return r.rewriter.cut(dst, min(n, maxChoices), r.call.PromptTokens, r.Tokens())
+	return r.rewriter.cut(dst, min(n, maxChoices), r.call.prompt(), r.Tokens())
 }
 
 // finish ends a stream: whole if every choice was finished, else with an error.
@@ -283,7 +290,7 @@ func (r *Reply) finish(dst []byte) []byte {
 		return dst
 	}
 	r.whole, r.err = true, io.EOF
-	return r.rewriter.end(dst, r.call.PromptTokens)
+	return r.rewriter.end(dst, r.call.prompt())
 }
 
 func (r *Reply) fail(err error) {
@@ -309,7 +316,7 @@ func (r *Reply) Body() ([]byte, error) {
 		r.err = r.kind.broken("sent a reply of more than %d MiB.", maxReply>>20)
 		return nil, r.err
 	}
-	out, err := r.rewriter.whole(make([]byte, 0, len(data)+256), data, r.call.PromptTokens)
+	out, err := r.rewriter.whole(make([]byte, 0, len(data)+256), data, r.call.prompt())
 	switch {
 	case err != nil:
 		r.fail(err)
@@ -338,7 +345,7 @@ func (r *Reply) Tokens() int {
 // Usage is what the reply burnt, final once Next has returned io.EOF, Body its reply, or
 // the reply was Cut. The prompt is 0 if neither the server nor the Call told its size.
 func (r *Reply) Usage() schemas.Usage {
-	prompt := r.call.PromptTokens
+	prompt := r.call.prompt()
 	if r.rewriter.prompt >= 0 {
 		prompt = r.rewriter.prompt
 	}

@@ -284,7 +284,7 @@ func TestContinueWithoutACount(t *testing.T) {
 	c := resumed(`{"model":"base","messages":[{"role":"user","content":"Hi"}]}`, "Once", 5, 0)
 	c.Model = "base"
 	for counted, want := range map[int]int{0: 12, 13: 13} {
-		c.PromptTokens = counted
+		c.Prompt = func() int { return counted }
 		r, err := b.Chat(t.Context(), c)
 		if err != nil {
 			t.Fatal(err)

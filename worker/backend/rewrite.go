@@ -83,7 +83,7 @@ func (w *rewriter) reset(kind Kind, c *Call) {
 		w.repeated, w.blank = c.repeated, c.blank
 		// The client has had the role.
 		w.choices = append(w.choices[:0], choice{seen: true, begun: true, told: -1})
-		if prompt := max(from.PromptTokens, c.PromptTokens); prompt > 0 {
+		if prompt := max(from.PromptTokens, c.prompt()); prompt > 0 {
 			w.prompt, w.told = prompt, true
 		}
 	}
