@@ -103,8 +103,10 @@ func TestSubmission(t *testing.T) {
 	wantClaims(t, c.claim(5))
 	req := schemas.NewRequestID()
 	e := books.End{Request: req, Completion: "{\"a\":\"\xff\x00\"}", Usage: schemas.Usage{PromptTokens: 3, CompletionTokens: 4}}
-	if !c.end(a, e) || !c.end(a, e) {
-		t.Error("the end wasn't recorded")
+	for range 2 {
+		if !c.end(a, e) {
+			t.Error("the end wasn't recorded")
+		}
 	}
 	if c.end(a, books.End{Request: schemas.NewRequestID(), Completion: "{}"}) {
 		t.Error("another end was recorded")

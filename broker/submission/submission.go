@@ -158,7 +158,7 @@ func (s *Scheduler) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer results.Unsubscribe() //nolint:errcheck // the connection is closed by then
+	defer results.Unsubscribe()
 	// Runs outlive ctx.
 	work, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
