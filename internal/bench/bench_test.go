@@ -36,7 +36,7 @@ func TestQuick(t *testing.T) {
 		if len(m.Rounds) != 1 {
 			t.Fatalf("%s: %d rounds, want 1", m, len(m.Rounds))
 		}
-		for side, f := range map[string]Figure{"direct": m.Rounds[0].Direct, "broker": m.Rounds[0].Broker} {
+		for side, f := range map[string]Figure{"direct": m.Rounds[0].Direct, "proxy": m.Rounds[0].Proxy, "broker": m.Rounds[0].Broker} {
 			if f.PerSecond <= 0 || f.FirstP50 <= 0 || f.FirstP99 < f.FirstP50 {
 				t.Errorf("%s, %s: %+v", m, side, f)
 			}
@@ -57,7 +57,7 @@ func TestQuick(t *testing.T) {
 	if err := r.writeText(&text); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{r.Commit, "stream, 32 clients", "whole,   1 client", "p99", "ownllm up", "1000 keys,  32 waiters", "   1 key,    1 waiter "} {
+	for _, want := range []string{r.Commit, "stream, 256 tokens, 32 clients", "whole,   32 tokens,  1 client", "p99", "ownllm up", "1000 keys,  32 waiters", "   1 key,    1 waiter "} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("the text lacks %q:\n%s", want, &text)
 		}
@@ -80,7 +80,7 @@ func event(i int, finish string) string {
 
 func wholeStream() []string {
 	events := []string{"data: {\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n"}
-	for i := range tokens {
+	for i := range 32 {
 		events = append(events, event(i, "null"))
 	}
 	return append(events, "data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n", "data: [DONE]\n\n")
@@ -106,7 +106,7 @@ func TestCheckStream(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			body := strings.Join(tc.change(append([]string(nil), good...)), "")
-			_, err := checkStream([]byte(body), nil)
+			_, err := checkStream([]byte(body), nil, numbered(32))
 			if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
 				t.Errorf("error is %v, want %q", err, tc.want)
 			}
@@ -115,12 +115,12 @@ func TestCheckStream(t *testing.T) {
 }
 
 func TestCheckWhole(t *testing.T) {
-	good := `{"choices":[{"message":{"content":"` + numbered + `"},"finish_reason":"stop"}]}`
-	if err := checkWhole([]byte(good)); err != nil {
+	good := `{"choices":[{"message":{"content":"` + numbered(32) + `"},"finish_reason":"stop"}]}`
+	if err := checkWhole([]byte(good), numbered(32)); err != nil {
 		t.Error(err)
 	}
 	for _, bad := range []string{"", strings.Replace(good, " 7", "", 1), strings.Replace(good, "stop", "length", 1)} {
-		if checkWhole([]byte(bad)) == nil {
+		if checkWhole([]byte(bad), numbered(32)) == nil {
 			t.Errorf("%q is taken for the whole reply", bad)
 		}
 	}
@@ -136,7 +136,7 @@ func TestRoundTrip(t *testing.T) {
 		fmt.Fprintf(&chunked, "%x\r\n%s\r\n", n, stream[:n])
 		stream = stream[n:]
 	}
-	whole := `{"content":"` + numbered + `","finish_reason":"stop"}`
+	whole := `{"content":"` + numbered(32) + `","finish_reason":"stop"}`
 	for name, tc := range map[string]struct {
 		stream bool
 		answer string
@@ -151,7 +151,7 @@ func TestRoundTrip(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			ours, theirs := net.Pipe()
-			c := &client{conn: ours, in: bufio.NewReader(ours), request: []byte("request"), stream: tc.stream}
+			c := &client{conn: ours, in: bufio.NewReader(ours), request: []byte("request"), stream: tc.stream, want: numbered(32)}
 			defer c.close()
 			go func() {
 				defer theirs.Close()
@@ -194,9 +194,9 @@ func TestParseStat(t *testing.T) {
 func TestStatistics(t *testing.T) {
 	var m Measured
 	for _, n := range []float64{4, 1, 3, 2} {
-		m.Rounds = append(m.Rounds, Pair{Broker: Figure{PerSecond: n}})
+		m.Rounds = append(m.Rounds, Round{Broker: Figure{PerSecond: n}})
 	}
-	value := func(p Pair) float64 { return p.Broker.PerSecond }
+	value := func(p Round) float64 { return p.Broker.PerSecond }
 	if got, want := m.over(value), (spread{1, 2.5, 4}); got != want {
 		t.Errorf("over = %v, want %v", got, want)
 	}

@@ -14,17 +14,14 @@ import (
 	"time"
 )
 
-// tokens is the length of every reply.
-const tokens = 32
-
-// numbered is the text of a whole reply: " 0 1 2 …".
-var numbered = func() string {
+// numbered is the text of a reply of so many tokens: " 0 1 2 …".
+func numbered(tokens int) string {
 	var b strings.Builder
 	for i := range tokens {
 		b.WriteString(" " + strconv.Itoa(i))
 	}
 	return b.String()
-}()
+}
 
 // target is an API to send requests to.
 type target struct {
@@ -33,8 +30,8 @@ type target struct {
 }
 
 // request is the request for one reply, ready to be written.
-func (t target) request(stream bool) []byte {
-	body := fmt.Sprintf(`{"model":"demo","stream":%t,"messages":[{"role":"user","content":"Count, please."}],"demo":{"tokens":%d,"numbered":true}}`, stream, tokens)
+func (t target) request(stream bool, tokens int) []byte {
+	body := fmt.Sprintf(`{"model":"demo","stream":%t,"max_tokens":%d,"messages":[{"role":"user","content":"Count, please."}],"demo":{"tokens":%d,"numbered":true}}`, stream, tokens, tokens)
 	auth := ""
 	if t.key != "" {
 		auth = "Authorization: Bearer " + t.key + "\r\n"
@@ -52,16 +49,30 @@ type client struct {
 	in      *bufio.Reader
 	request []byte
 	stream  bool
+	want    string // the text of a reply
 	body    []byte // of the last reply
 	text    []byte // of the last reply
 }
 
-func dial(ctx context.Context, t target, stream bool) (*client, error) {
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", t.addr)
-	if err != nil {
+func dial(ctx context.Context, t target, w workload) (*client, error) {
+	c := &client{request: t.request(w.Stream, w.Tokens), stream: w.Stream, want: numbered(w.Tokens)}
+	if err := c.redial(ctx, t); err != nil {
 		return nil, err
 	}
-	return &client{conn: conn, in: bufio.NewReaderSize(conn, 64<<10), request: t.request(stream), stream: stream}, nil
+	return c, nil
+}
+
+// redial gives the client a fresh connection.
+func (c *client) redial(ctx context.Context, t target) error {
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", t.addr)
+	if err != nil {
+		return err
+	}
+	if c.conn != nil {
+		c.close()
+	}
+	c.conn, c.in = conn, bufio.NewReaderSize(conn, 64<<10)
+	return nil
 }
 
 func (c *client) close() { _ = c.conn.Close() }
@@ -88,9 +99,9 @@ func (c *client) roundTrip() (time.Duration, error) {
 		return 0, fmt.Errorf("status %d: %s", status, bytes.TrimSpace(c.body))
 	}
 	if c.stream {
-		c.text, err = checkStream(c.body, c.text[:0])
+		c.text, err = checkStream(c.body, c.text[:0], c.want)
 	} else {
-		err = checkWhole(c.body)
+		err = checkWhole(c.body, c.want)
 	}
 	return first, err
 }
@@ -173,7 +184,7 @@ var firstToken = []byte(`"content":" 0"`)
 
 // checkStream checks a stream: nothing but data, the numbered tokens in their order,
 // one finish_reason, [DONE] at the end. The text is appended to text.
-func checkStream(body, text []byte) ([]byte, error) {
+func checkStream(body, text []byte, want string) ([]byte, error) {
 	done, finished := false, 0
 	for len(body) > 0 {
 		line, rest, _ := bytes.Cut(body, []byte{'\n'})
@@ -202,8 +213,8 @@ func checkStream(body, text []byte) ([]byte, error) {
 		}
 	}
 	switch {
-	case string(text) != numbered:
-		return text, fmt.Errorf("tokens are %q, want %q", text, numbered)
+	case string(text) != want:
+		return text, fmt.Errorf("tokens are %q, want %q", text, want)
 	case finished != 1:
 		return text, fmt.Errorf("%d finish_reasons", finished)
 	case !done:
@@ -212,14 +223,11 @@ func checkStream(body, text []byte) ([]byte, error) {
 	return text, nil
 }
 
-var (
-	wholeText   = []byte(`"content":"` + numbered + `"`)
-	wholeFinish = []byte(`"finish_reason":"stop"`)
-)
+var wholeFinish = []byte(`"finish_reason":"stop"`)
 
 // checkWhole checks a reply that isn't streamed.
-func checkWhole(body []byte) error {
-	if !bytes.Contains(body, wholeText) || !bytes.Contains(body, wholeFinish) {
+func checkWhole(body []byte, want string) error {
+	if _, text, ok := bytes.Cut(body, contentMark); !ok || !bytes.HasPrefix(text, []byte(want+`"`)) || !bytes.Contains(body, wholeFinish) {
 		return fmt.Errorf("not the whole reply: %s", body)
 	}
 	return nil

@@ -1,6 +1,6 @@
 // Command bench measures what the broker costs. It sends the same requests to the demo
-// backend directly and through `ownllm up`, in turns, and prints both side by side; then
-// it does the same with admissions and bare UPDATEs.
+// backend directly, through a bare httputil.ReverseProxy and through `ownllm up`, in turns,
+// and prints them side by side; then it does the same with admissions and bare UPDATEs.
 //
 //	go run ./internal/bench                    five rounds of two seconds for each figure
 //	go run ./internal/bench -quick             one short round, to see that it works
@@ -10,7 +10,8 @@
 // # Requests
 //
 // The backend is `ownllm demo`, a process of its own, and so is `ownllm up` with its
-// NATS and Postgres. Client, broker and backend share the machine, as they did in every
+// NATS and Postgres. The proxy is this program, started again: it has no keys, no limits,
+// no queue and no metrics, and keeps its connections to the backend. Client, broker and backend share the machine, as they did in every
 // earlier measurement: so the ratio of broker to direct says how much of the machine
 // goes to the broker, not how many requests a broker with a machine to itself can
 // take. There are no thresholds.
@@ -58,6 +59,7 @@ type config struct {
 	rounds   int
 	duration time.Duration // of one measurement
 	only     string        // "requests", "admissions" or, for both, ""
+	proxy    string        // where to, if this is to be a proxy and nothing else
 	binary   string
 	profile  string
 	json     bool
@@ -92,6 +94,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.DurationVar(&c.duration, "duration", 2*time.Second, "how long one measurement takes")
 	flags.BoolVar(&quick, "quick", false, "one round of 300 ms, to see that it works")
 	flags.StringVar(&c.only, "only", "", "measure `part` alone: requests or admissions")
+	flags.StringVar(&c.proxy, "proxy", "", "measure nothing: be the bare proxy in front of this `URL`")
 	flags.StringVar(&c.binary, "binary", "", "the ownllm that takes the requests; without it, it is built; admissions are always of this checkout")
 	flags.StringVar(&c.profile, "profile", "", "folder for CPU and allocation profiles of the broker process")
 	flags.BoolVar(&c.json, "json", false, "print JSON, for programs")
@@ -108,6 +111,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if c.rounds < 1 || c.duration < 100*time.Millisecond || flags.NArg() > 0 {
 		fmt.Fprintln(stderr, "bench: it takes at least 1 round, of at least 100ms, and no arguments")
 		return 2
+	}
+	if c.proxy != "" {
+		if err := serveProxy(ctx, c.proxy, stdout); err != nil {
+			fmt.Fprintf(stderr, "bench: %v\n", err)
+			return 1
+		}
+		return 0
 	}
 	report, err := measure(ctx, c, &shared{w: stderr})
 	if err == nil {

@@ -61,11 +61,13 @@ func (p *process) close() {
 
 func (p *process) pid() int { return p.cmd.Process.Pid }
 
-// stack is what is measured: a backend, and a broker in front of it.
+// stack is what is measured: a backend, and a broker and a bare proxy in front of it.
 type stack struct {
 	backend *process
 	broker  *process
+	proxy   *process
 	direct  target
+	bare    target
 	through target
 	ops     string // URL of the broker's operations port
 }
@@ -74,6 +76,9 @@ type stack struct {
 func startStack(ctx context.Context, binary, dir string, stderr io.Writer) (*stack, error) {
 	s := &stack{}
 	err := s.startBackend(ctx, binary, stderr)
+	if err == nil {
+		err = s.startProxy(ctx, dir, stderr)
+	}
 	if err == nil {
 		err = s.startBroker(ctx, binary, filepath.Join(dir, "data"), stderr)
 	}
@@ -84,28 +89,42 @@ func startStack(ctx context.Context, binary, dir string, stderr io.Writer) (*sta
 	return s, nil
 }
 
-// startBackend starts the demo backend, which says where it listens.
 func (s *stack) startBackend(ctx context.Context, binary string, stderr io.Writer) (err error) {
-	out, in, err := os.Pipe()
+	s.backend, s.direct.addr, err = startListening(ctx, stderr, binary, "demo", "--listen", "127.0.0.1:0")
+	return err
+}
+
+// startProxy starts this program another time, as a proxy.
+func (s *stack) startProxy(ctx context.Context, dir string, stderr io.Writer) error {
+	binary, err := build(ctx, dir, module+"/internal/bench", "build")
 	if err != nil {
 		return err
 	}
+	s.proxy, s.bare.addr, err = startListening(ctx, stderr, binary, "-proxy", "http://"+s.direct.addr)
+	return err
+}
+
+// startListening starts a program whose first line says where it listens.
+func startListening(ctx context.Context, stderr io.Writer, binary string, args ...string) (p *process, addr string, err error) {
+	out, in, err := os.Pipe()
+	if err != nil {
+		return nil, "", err
+	}
 	defer out.Close()
-	s.backend, err = start(ctx, in, stderr, binary, "demo", "--listen", "127.0.0.1:0")
+	p, err = start(ctx, in, stderr, binary, args...)
 	_ = in.Close()
 	if err != nil {
-		return err
+		return nil, "", err
 	}
 	line, err := bufio.NewReader(out).ReadString('\n')
 	if err != nil {
-		return fmt.Errorf("the demo backend didn't start: %w", err)
+		return p, "", fmt.Errorf("%s didn't start: %w", args[0], err)
 	}
 	_, addr, ok := strings.Cut(strings.TrimSpace(line), "http://")
 	if !ok {
-		return fmt.Errorf("the demo backend says %q, and no address", line)
+		return p, "", fmt.Errorf("%s says %q, and no address", args[0], line)
 	}
-	s.direct = target{addr: addr}
-	return nil
+	return p, addr, nil
 }
 
 // startBroker starts `ownllm up` in front of the backend, and waits until it serves.
@@ -187,7 +206,7 @@ func setLimits(ctx context.Context, ready adminapi.Ready) error {
 
 // close ends everything.
 func (s *stack) close() {
-	for _, p := range []*process{s.broker, s.backend} {
+	for _, p := range []*process{s.broker, s.proxy, s.backend} {
 		if p != nil {
 			p.close()
 		}
@@ -203,13 +222,18 @@ func (a spent) minus(b spent) spent {
 	return spent{a.backend - b.backend, a.broker - b.broker, a.postgres - b.postgres, a.client - b.client}
 }
 
-// spent reads the CPU times from /proc. On a system without it they are 0.
-func (s *stack) spent() spent {
-	used := spent{
-		backend: readStat(s.backend.pid()).own,
-		broker:  readStat(s.broker.pid()).own,
-		client:  readStat(os.Getpid()).own,
+// spent reads from /proc the CPU times of what serves the target. On a system without it
+// they are 0.
+func (s *stack) spent(t target) spent {
+	used := spent{backend: readStat(s.backend.pid()).own, client: readStat(os.Getpid()).own}
+	switch t {
+	case s.direct:
+		return used
+	case s.bare:
+		used.broker = readStat(s.proxy.pid()).own
+		return used
 	}
+	used.broker = readStat(s.broker.pid()).own
 	for _, p := range descendants(s.broker.pid()) {
 		used.postgres += p.own + p.reaped
 	}

@@ -14,16 +14,18 @@ import (
 	"text/tabwriter"
 )
 
-// Pair is one round of one workload.
-type Pair struct {
+// Round is one round of one workload: the backend itself, behind a bare
+// httputil.ReverseProxy, and behind the broker.
+type Round struct {
 	Direct Figure `json:"direct"`
+	Proxy  Figure `json:"proxy"`
 	Broker Figure `json:"broker"`
 }
 
 // Measured is a workload and all its rounds.
 type Measured struct {
 	workload
-	Rounds []Pair `json:"rounds"`
+	Rounds []Round `json:"rounds"`
 }
 
 // Report is what was measured, and where.
@@ -35,7 +37,6 @@ type Report struct {
 	Commit    string     `json:"commit"`       // of the program that is measured
 	Load      string     `json:"load_average"` // of the last minute, at the start
 	Duration  string     `json:"duration"`
-	Tokens    int        `json:"tokens"`
 	Workloads []Measured `json:"workloads,omitempty"`
 	// Admissions is what the books can take.
 	Admissions *Admissions `json:"admissions,omitempty"`
@@ -44,7 +45,7 @@ type Report struct {
 func newReport(c config) *Report {
 	return &Report{
 		Cores: runtime.NumCPU(), CPU: cpuModel(), Platform: runtime.GOOS + "/" + runtime.GOARCH, Go: runtime.Version(),
-		Load: loadAverage(), Duration: c.duration.String(), Tokens: tokens,
+		Load: loadAverage(), Duration: c.duration.String(),
 	}
 }
 
@@ -87,7 +88,7 @@ func (r *Report) writeJSON(w io.Writer) error {
 type spread struct{ low, mid, high float64 }
 
 // over takes one value of each round.
-func (m *Measured) over(value func(Pair) float64) spread {
+func (m *Measured) over(value func(Round) float64) spread {
 	values := make([]float64, len(m.Rounds))
 	for i, p := range m.Rounds {
 		values[i] = value(p)
@@ -125,46 +126,60 @@ func (r *Report) writeText(w io.Writer) error {
 }
 
 func (r *Report) writeRequests(out *bufio.Writer) {
-	fmt.Fprintf(out, "\nRequests per second, direct to the demo backend and through the broker, with a price, a budget and\n"+
-		"limits; %d rounds of %s, in turns, %d tokens a reply; the ratio is taken in each round\n\n",
-		len(r.Workloads[0].Rounds), r.Duration, r.Tokens)
+	fmt.Fprintf(out, "\nRequests per second, direct to the demo backend, through a bare httputil.ReverseProxy, and through\n"+
+		"the broker, with a price, a budget and limits; %d rounds of %s, in turns; ratios are taken in each round\n\n",
+		len(r.Workloads[0].Rounds), r.Duration)
 	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(table, "\tdirect\tbroker\tbroker/direct")
+	fmt.Fprintln(table, "\tdirect\tbare proxy\tbroker\tproxy/direct\tbroker/direct")
 	for i := range r.Workloads {
 		m := &r.Workloads[i]
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", m,
-			m.over(func(p Pair) float64 { return p.Direct.PerSecond }).text(0),
-			m.over(func(p Pair) float64 { return p.Broker.PerSecond }).text(0),
-			m.over(func(p Pair) float64 { return p.Broker.PerSecond / p.Direct.PerSecond }).text(2))
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", m,
+			m.over(func(p Round) float64 { return p.Direct.PerSecond }).text(0),
+			m.over(func(p Round) float64 { return p.Proxy.PerSecond }).text(0),
+			m.over(func(p Round) float64 { return p.Broker.PerSecond }).text(0),
+			m.over(func(p Round) float64 { return p.Proxy.PerSecond / p.Direct.PerSecond }).text(2),
+			m.over(func(p Round) float64 { return p.Broker.PerSecond / p.Direct.PerSecond }).text(2))
 	}
 	_ = table.Flush() // writes to out, whose error counts
+	torn := 0
+	for _, m := range r.Workloads {
+		for _, p := range m.Rounds {
+			torn += p.Proxy.Torn
+		}
+	}
+	if torn > 0 {
+		fmt.Fprintf(out, "The bare proxy broke %d replies off; they don't count.\n", torn)
+	}
 
 	fmt.Fprintf(out, "\nTime to the first token in ms, one client that streams\n\n")
 	table = tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(table, "\tdirect\tbroker\tadded")
+	fmt.Fprintln(table, "\tdirect\tbroker\tadded by it\tby a bare proxy")
 	lone := &r.Workloads[0]
 	for _, q := range []struct {
 		name string
 		of   func(Figure) float64
 	}{{"p50", func(f Figure) float64 { return f.FirstP50 / 1e3 }}, {"p99", func(f Figure) float64 { return f.FirstP99 / 1e3 }}} {
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", q.name,
-			lone.over(func(p Pair) float64 { return q.of(p.Direct) }).text(2),
-			lone.over(func(p Pair) float64 { return q.of(p.Broker) }).text(2),
-			lone.over(func(p Pair) float64 { return q.of(p.Broker) - q.of(p.Direct) }).text(2))
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", q.name,
+			lone.over(func(p Round) float64 { return q.of(p.Direct) }).text(2),
+			lone.over(func(p Round) float64 { return q.of(p.Broker) }).text(2),
+			lone.over(func(p Round) float64 { return q.of(p.Broker) - q.of(p.Direct) }).text(2),
+			lone.over(func(p Round) float64 { return q.of(p.Proxy) - q.of(p.Direct) }).text(2))
 	}
 	_ = table.Flush() // likewise
 
 	fmt.Fprintf(out, "\nCPU time in ms for each request (user and kernel); ownllm up is edge, broker, NATS and\n"+
 		"worker in one process, Postgres its children, client this program\n\n")
 	table = tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(table, "\tdirect: backend\tclient\tbroker: backend\townllm up\tPostgres\tclient")
+	fmt.Fprintln(table, "\tdirect: backend\tclient\tproxy: backend\tproxy\tclient\tbroker: backend\townllm up\tPostgres\tclient")
 	for i := range r.Workloads {
 		m := &r.Workloads[i]
-		cpu := func(of func(Pair) float64) string { return fmt.Sprintf("%.3f", m.over(of).mid/1e3) }
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m,
-			cpu(func(p Pair) float64 { return p.Direct.CPUBackend }), cpu(func(p Pair) float64 { return p.Direct.CPUClient }),
-			cpu(func(p Pair) float64 { return p.Broker.CPUBackend }), cpu(func(p Pair) float64 { return p.Broker.CPUBroker }),
-			cpu(func(p Pair) float64 { return p.Broker.CPUPostgres }), cpu(func(p Pair) float64 { return p.Broker.CPUClient }))
+		cpu := func(of func(Round) float64) string { return fmt.Sprintf("%.3f", m.over(of).mid/1e3) }
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m,
+			cpu(func(p Round) float64 { return p.Direct.CPUBackend }), cpu(func(p Round) float64 { return p.Direct.CPUClient }),
+			cpu(func(p Round) float64 { return p.Proxy.CPUBackend }), cpu(func(p Round) float64 { return p.Proxy.CPUBroker }),
+			cpu(func(p Round) float64 { return p.Proxy.CPUClient }),
+			cpu(func(p Round) float64 { return p.Broker.CPUBackend }), cpu(func(p Round) float64 { return p.Broker.CPUBroker }),
+			cpu(func(p Round) float64 { return p.Broker.CPUPostgres }), cpu(func(p Round) float64 { return p.Broker.CPUClient }))
 	}
 	_ = table.Flush() // likewise
 }
