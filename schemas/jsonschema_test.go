@@ -66,7 +66,16 @@ var wire = map[string]struct{ full, minimal any }{
 	},
 	"ingress-cancel":    {CancelRequest{NewRequestID()}, CancelRequest{NewRequestID()}},
 	"ingress-cancelled": {Cancelled{KindCancelled, NewRequestID()}, Cancelled{KindCancelled, NewRequestID()}},
-	"usage-report":      {UsageReport{ProtocolVersion, NewRequestID(), 1, Usage{1, 1}}, UsageReport{Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1}},
+	"ingress-submit": {
+		SubmitRequest{"a", json.RawMessage(`{}`), new(3600)}, SubmitRequest{ID: "a", Request: json.RawMessage(`{}`)},
+	},
+	"ingress-accepted":       {Accepted{KindAccepted, "a", SubmissionDone, true}, Accepted{Kind: KindAccepted, ID: "a", State: SubmissionWaiting}},
+	"ingress-result-request": {ResultRequest{"a", 1}, ResultRequest{ID: "a"}},
+	"ingress-result": {
+		&Result{KindResult, "a", SubmissionDone, NewRequestID(), json.RawMessage(`{}`), &TotalUsage{1, 1, 2}, fullError.Client(), 1, 2, 3},
+		&Result{Kind: KindResult, ID: "a", State: SubmissionWaiting, Created: 1},
+	},
+	"usage-report": {UsageReport{ProtocolVersion, NewRequestID(), 1, Usage{1, 1}}, UsageReport{Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1}},
 }
 
 var fullError = &Error{Code: CodeModelLoading, Message: "m", Param: "p", RetryAfter: time.Second}
@@ -252,6 +261,8 @@ func TestEnumsAreTheConstants(t *testing.T) {
 		{"heartbeat", "AgentState", "", []string{"properties", "state", "enum"}},
 		{"inventory", "ModelState", "", []string{"$defs", "model", "properties", "state", "enum"}},
 		{"control", "", "Control", []string{"properties", "operation", "enum"}},
+		{"ingress-accepted", "SubmissionState", "", []string{"properties", "state", "enum"}},
+		{"ingress-result", "SubmissionState", "", []string{"properties", "state", "enum"}},
 		{"verdict", "", "Reason", []string{"properties", "reason", "examples"}},
 	} {
 		var want []string
@@ -390,6 +401,12 @@ func read(name string, line []byte) error {
 		return err
 	case "body-request":
 		_, err := DecodeBodyRequest(line)
+		return err
+	case "ingress-submit":
+		_, err := DecodeSubmitRequest(line)
+		return err
+	case "ingress-result-request":
+		_, err := DecodeResultRequest(line)
 		return err
 	case "usage-report":
 		_, err := DecodeUsageReport(line)

@@ -137,6 +137,18 @@ func ResultSubject(k KeyID, id string) string {
 // ResultWildcard is ownllm.v1.res.<key>.>: all results for one key.
 func ResultWildcard(k KeyID) string { return Prefix + "res." + EncodeToken(string(k)) + ".>" }
 
+// ResultAny is ownllm.v1.res.*.*: all results.
+const ResultAny = Prefix + "res.*.*"
+
+// ParseResultSubject is the inverse of ResultSubject.
+func ParseResultSubject(subject string) (k KeyID, id string, err error) {
+	tokens, err := parse(subject, "res.", 2)
+	if err != nil {
+		return "", "", err
+	}
+	return KeyID(tokens[0]), tokens[1], nil
+}
+
 // PublisherInboxPrefix is _INBOX_<key>: every reply subject of a publisher begins with it.
 // The fingerprint of its secret may stand in for the key, see InSubject.
 func PublisherInboxPrefix(k KeyID) string { return inboxBegin + EncodeToken(string(k)) }

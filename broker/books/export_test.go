@@ -2,9 +2,12 @@ package books
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/pressly/goose/v3"
+
+	"github.com/ownllm/ownllm/schemas"
 )
 
 // DownTo takes the schema back to a version.
@@ -78,4 +81,60 @@ func (s *Store) Meanwhile(ctx context.Context, lock, id string, work func(), cha
 	}
 	<-done
 	return nil
+}
+
+// SubmissionRows is how many rows of the tables of submissions each step reads, of one that is
+// submitted, claimed, returned, claimed again and ended, with a sweep between.
+func (s *Store) SubmissionRows(ctx context.Context, lease Lease, n NewSubmission, o SubmissionSweep) (map[string]int64, error) {
+	tx, err := s.pool.Begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer tx.Rollback(ctx) //nolint:errcheck // nothing of it is to stay
+	rows, before := map[string]int64{}, int64(0)
+	note := func(step string) error {
+		var now int64
+		err := tx.QueryRow(ctx, `SELECT sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))::bigint FROM pg_stat_xact_user_tables WHERE relname LIKE 'submission%'`).Scan(&now)
+		rows[step], before = now-before, now
+		return err
+	}
+	var id, run int64
+	for _, step := range []struct {
+		name string
+		work func() error
+	}{
+		{"submit", func() error {
+			_, err := tx.Exec(ctx, `SELECT FROM submission_submit(NULL, $1, $2, $3, $4, $5, $6, 1000000)`, n.Key, n.Client, n.Tenant, n.Model, n.Digest[:], n.Request)
+			return err
+		}},
+		{"claim", func() error {
+			return tx.QueryRow(ctx, `SELECT id, run FROM submission_claim(NULL, $1, $2, 1)`, lease.Owner, lease.Epoch).Scan(&id, &run)
+		}},
+		{"return", func() error {
+			_, err := tx.Exec(ctx, `SELECT submission_return(NULL, $1, $2, $3, 'slot', '', 0, 0, false)`, id, lease.Owner, run)
+			return err
+		}},
+		{"claim again", func() error {
+			return tx.QueryRow(ctx, `SELECT id, run FROM submission_claim(NULL, $1, $2, 1)`, lease.Owner, lease.Epoch).Scan(&id, &run)
+		}},
+		{"sweep", func() error {
+			_, err := s.sweepSubmissions(ctx, tx, o)
+			return err
+		}},
+		{"end", func() error {
+			ended, err := s.end(ctx, tx, &lease.Owner, []int64{id}, []int64{run}, make([]*schemas.Error, 1), End{Completion: "{}"})
+			if err == nil && len(ended) != 1 {
+				err = errors.New("it wasn't ended")
+			}
+			return err
+		}},
+	} {
+		if err := step.work(); err != nil {
+			return nil, err
+		}
+		if err := note(step.name); err != nil {
+			return nil, err
+		}
+	}
+	return rows, nil
 }

@@ -24,6 +24,7 @@ func (r *Reply) failover() {
 	// What was delivered is known for good only once no frame is taken any more.
 	delivered, ended := r.retire(a)
 	r.remove(a)
+	claimed := !r.Timing().Claimed.IsZero()
 	if ended { // just now
 		return
 	}
@@ -31,7 +32,7 @@ func (r *Reply) failover() {
 	failure := r.failure
 	r.failure = nil
 	whole := delivered && r.movable() && r.said.ended
-	can := !delivered || r.movable()
+	can := (!delivered || r.movable()) && !(r.req.Once && claimed && failure == nil)
 	switch {
 	case whole:
 		r.complete()

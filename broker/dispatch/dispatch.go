@@ -90,6 +90,9 @@ type Request struct {
 	// LoadWait is how long the request waits for a model that isn't in memory; nil stands
 	// for Config.ColdWait.
 	LoadWait *time.Duration
+	// Once says that the request ends when an agent that has begun it goes away, rather than
+	// go to another: whoever asks counts how often that happens.
+	Once bool
 	// Received is when the request came in; the deadlines count from it.
 	Received time.Time
 }

@@ -222,6 +222,11 @@ func (c *call) tell(answer any) error {
 	if err != nil {
 		return err
 	}
+	return c.publish(b)
+}
+
+// publish sends the encoded form of such an answer.
+func (c *call) publish(b []byte) error {
 	if err := c.in.Conn.Publish(c.inbox, b); err != nil && !bus.Down(err) {
 		return err
 	}

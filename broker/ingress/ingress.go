@@ -72,6 +72,8 @@ type Parts struct {
 	Keys       Keys
 	Desk       *desk.Desk
 	Dispatcher *dispatch.Dispatcher
+	// Submissions are what publishers leave behind.
+	Submissions Submissions
 	// Metrics and Tracer may be nil.
 	Metrics *metric.Instruments
 	Tracer  *trace.Tracer
@@ -83,6 +85,9 @@ type Ingress struct {
 	Parts
 	cfg   Config
 	noisy rate.Sometimes // messages that are dropped
+	// open ends when the door is shut: who waits for something to happen doesn't any more.
+	open context.Context //nolint:containedctx // the life of the door
+	shut context.CancelFunc
 
 	mu       sync.Mutex
 	closed   bool
@@ -108,6 +113,8 @@ var operations = map[string]operation{
 	schemas.OperationModels: (*Ingress).models,
 	schemas.OperationWhoami: (*Ingress).whoami,
 	schemas.OperationCancel: (*Ingress).cancel,
+	schemas.OperationSubmit: (*Ingress).submit,
+	schemas.OperationResult: (*Ingress).result,
 }
 
 const (
@@ -150,6 +157,7 @@ func New(cfg Config, parts Parts) *Ingress {
 		Parts: parts, cfg: cfg, noisy: rate.Sometimes{Interval: dropEvery},
 		running: make(map[schemas.RequestID]*call), entering: make(map[schemas.KeyID]int), tallies: make(map[string]*tally),
 	}
+	in.open, in.shut = context.WithCancel(context.Background())
 	for name := range operations {
 		in.tallies[name] = new(tally)
 	}
@@ -237,6 +245,7 @@ func (in *Ingress) close(service micro.Service, other *nats.Subscription) {
 	in.mu.Lock()
 	in.closed = true
 	in.mu.Unlock()
+	in.shut()
 }
 
 // drain waits for the running calls.

@@ -150,3 +150,22 @@ func (t *Table) Release(tenant schemas.TenantID, id schemas.AgentID, model strin
 		delete(a.assigned, model)
 	}
 }
+
+// Capacity says how many requests the agents that can run the model now run at once, over
+// all their models, and how many this process has under way at them. Both are 0 if there is
+// none.
+func (t *Table) Capacity(tenant schemas.TenantID, model string) (slots, assigned int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, a := range t.tenants[tenant] {
+		m := a.find(model)
+		if m == nil || a.state != schemas.AgentUp || m.State == schemas.ModelFailed {
+			continue
+		}
+		slots += max(a.slots, 1)
+		for _, n := range a.assigned {
+			assigned += n
+		}
+	}
+	return slots, assigned
+}

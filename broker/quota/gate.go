@@ -71,6 +71,14 @@ func (g *Gate) Owner() schemas.OwnerID { return g.cfg.Owner }
 // Ready reports whether there is a lease, without which nothing is admitted.
 func (g *Gate) Ready() bool { return g.lease.current(time.Now()) != nil }
 
+// Lease is the lease under which requests are admitted now; false if there is none.
+func (g *Gate) Lease() (books.Lease, bool) {
+	if t := g.lease.current(time.Now()); t != nil {
+		return t.lease, true
+	}
+	return books.Lease{}, false
+}
+
 // Run works until ctx ends. Then it lets nobody in any more, has the books take what was
 // settled before, as far as they can be reached, and gives its lease back. Whoever owns
 // requests ends them first.

@@ -23,6 +23,7 @@ type brokerCommand struct {
 	DeadlineOptions
 	OpenOptions
 	QueueOptions
+	SubmissionOptions
 	OpsOptions
 	LogOptions
 }
@@ -65,6 +66,7 @@ func (c *brokerCommand) Validate() error {
 	c.DeadlineOptions.check(&p)
 	c.OpenOptions.check(&p)
 	c.QueueOptions.check(&p)
+	c.SubmissionOptions.check(&p)
 	c.OpsOptions.check(&p)
 	return p.err()
 }
@@ -99,7 +101,12 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer office.conns.close()
-	door, link, err := newIngress(own, natsConfig, tel, ingress.Config{Drain: c.DrainTimeout}, log)
+	scheduler, line, err := newScheduler(own, natsConfig, store, tel, c.SubmissionOptions, c.DrainTimeout, log)
+	if err != nil {
+		return err
+	}
+	defer line.close()
+	door, link, err := newIngress(own, natsConfig, tel, scheduler, ingress.Config{Drain: c.DrainTimeout}, log)
 	if err != nil {
 		return err
 	}
@@ -115,7 +122,7 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 	log.Info("broker is up", "operations", ops.Addr().String())
 	parts := append([]part{opsPart(ops, tel, nil), {"callout", callout.Run}}, office.parts...)
 	parts = append(parts, own.parts()...)
-	return runParts(ctx, append(parts, part{"ingress", door.Run})...)
+	return runParts(ctx, append(parts, together(part{"submissions", scheduler.Run}, part{"ingress", door.Run}))...)
 }
 
 // backOffice is what a broker does: it serves the workers, and settles what dead owners

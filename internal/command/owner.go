@@ -88,14 +88,15 @@ func (w *owner) parts() []part {
 }
 
 // newIngress returns the NATS door of an owner, and the connection that it has for itself.
-func newIngress(w *owner, natsConfig bus.Config, tel *tele, cfg ingress.Config, log *slog.Logger) (*ingress.Ingress, conns, error) {
+func newIngress(w *owner, natsConfig bus.Config, tel *tele, submissions ingress.Submissions, cfg ingress.Config, log *slog.Logger) (*ingress.Ingress, conns, error) {
 	c, err := connect(log, natsConfig.As(bus.UserIngress, "ownllm-ingress"))
 	if err != nil {
 		return nil, nil, err
 	}
 	cfg.Version = Version()
 	return ingress.New(cfg, ingress.Parts{
-		Conn: c[0], Keys: w.keys, Desk: w.desk, Dispatcher: w.dispatcher, Metrics: tel.metrics, Tracer: tel.tracer, Log: log,
+		Conn: c[0], Keys: w.keys, Desk: w.desk, Dispatcher: w.dispatcher, Submissions: submissions,
+		Metrics: tel.metrics, Tracer: tel.tracer, Log: log,
 	}), c, nil
 }
 

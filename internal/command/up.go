@@ -34,6 +34,7 @@ type upCommand struct {
 	OpenOptions
 	LimitOptions
 	QueueOptions
+	SubmissionOptions
 	AdminTokenFile string `placeholder:"FILE" help:"File with the admin token, - for standard input; or give the token itself in $$OWNLLM_ADMIN_TOKEN. Without either one is made on the first run."`
 	LogOptions
 }
@@ -66,6 +67,7 @@ func (c *upCommand) Validate() error {
 	c.OpenOptions.check(&p)
 	c.LimitOptions.check(&p)
 	c.QueueOptions.check(&p)
+	c.SubmissionOptions.check(&p)
 	return p.err()
 }
 
@@ -140,7 +142,12 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 		http: c.HTTPOptions, deadlines: c.DeadlineOptions, limits: c.LimitOptions, adminToken: secrets.admin,
 		agentNATSURL: c.AgentNATSURL, natsPort: portOf(nats.URL()),
 	}, log)
-	side, link, err := newIngress(owner, natsConfig, tel, ingress.Config{BodyLimit: int(c.BodyLimit), Drain: c.DrainTimeout}, log)
+	scheduler, line, err := newScheduler(owner, natsConfig, store, tel, c.SubmissionOptions, c.DrainTimeout, log)
+	if err != nil {
+		return err
+	}
+	defer line.close()
+	side, link, err := newIngress(owner, natsConfig, tel, scheduler, ingress.Config{BodyLimit: int(c.BodyLimit), Drain: c.DrainTimeout}, log)
 	if err != nil {
 		return err
 	}
@@ -183,7 +190,7 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 	parts = append(parts,
 		part{"worker", w.Run},
 		opsPart(ops, tel, door),
-		together(part{"ingress", side.Run}, serveHTTP(door, api)),
+		together(part{"submissions", scheduler.Run}, part{"ingress", side.Run}, serveHTTP(door, api)),
 		part{"announcement", func(ctx context.Context) error { return announce(ctx, env, owner, door, ready, dir, string(tenant.ID)) }},
 	)
 	return runParts(ctx, parts...)

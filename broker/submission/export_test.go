@@ -1,0 +1,30 @@
+package submission
+
+import (
+	"time"
+
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/quota"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// Judge is judge.
+func Judge(err *schemas.Error, begun bool, rate quota.Rate) (waits books.WaitsFor, pause time.Duration, lost bool) {
+	v := judge(err, begun, rate)
+	return v.waits, v.pause, v.lost
+}
+
+// Backoff is backoff.
+func Backoff(tries int) time.Duration { return backoff(tries) }
+
+// Enter is enter, and Leave leave.
+func (s *Scheduler) Enter(c *books.Claim) bool { return s.enter(c) }
+
+func (s *Scheduler) Leave(c *books.Claim) { s.leave(c) }
+
+// Waiting counts those who wait for a result.
+func (s *Scheduler) Waiting() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.waiting)
+}

@@ -1,0 +1,248 @@
+package submission
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/desk"
+	"github.com/ownllm/ownllm/broker/dispatch"
+	"github.com/ownllm/ownllm/broker/metric"
+	"github.com/ownllm/ownllm/broker/quota"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// maxCompletion bounds a completion, in bytes.
+const maxCompletion = 64 << 20
+
+// run runs one submission that was claimed, and ends or returns it. ctx ends, with a
+// *schemas.Error as its cause, when the run is to be broken off.
+func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
+	defer s.forget(c)
+	req, series, err := s.request(ctx, c)
+	if err != nil {
+		s.refused(ctx, c, nil, err, quota.Rate{})
+		return
+	}
+	if !s.enter(c) {
+		s.giveBack(ctx, books.Return{Claim: c, For: books.WaitsForCapacity, Pause: busyPause, Tries: c.Tries})
+		return
+	}
+	defer s.leave(c)
+	reply, rate, err := s.Dispatcher.Start(context.WithoutCancel(ctx), req)
+	if err != nil {
+		s.refused(ctx, c, nil, err, rate)
+		return
+	}
+	if c.Tries > 0 {
+		// Should that fail, the others are tried one after the other.
+		if err := s.Books.SubmissionBegun(ctx, c); err != nil {
+			s.Log.WarnContext(ctx, "submissions of a model stay parked", "key", c.Key, "error", err)
+		}
+	}
+	completion, failure := s.read(ctx, req.Key, reply)
+	if failure != nil {
+		reply.Close()
+		desk.Record(ctx, series, reply, failure.Code, false)
+		s.refused(ctx, c, reply, failure, quota.Rate{Known: true})
+		return
+	}
+	// Recorded before it is waited for the books' settlement: should this process die in
+	// between, the request isn't run again, and its worker reports what it cost.
+	recorded := s.end(ctx, c, books.End{Request: req.ID, Completion: completion, Usage: reply.Usage()})
+	desk.Settle(reply)
+	desk.Record(ctx, series, reply, metric.CodeOK, false)
+	s.publish(ctx, c, recorded)
+}
+
+// request makes the request of a claim, under an id of its own.
+func (s *Scheduler) request(ctx context.Context, c *books.Claim) (dispatch.Request, *metric.Series, error) {
+	id, err := s.Keys.Identify(ctx, c.Key)
+	if err != nil {
+		return dispatch.Request{}, nil, err
+	}
+	req, model, err := s.Desk.Chat(id, desk.Call{ID: schemas.NewRequestID(), Received: time.Now(), Body: c.Request})
+	// The result is one piece, whatever the publisher would have liked over HTTP.
+	req.Stream, req.IncludeUsage, req.Continuable = false, false, false
+	req.Once = true // what kills the workers that run it must not go on to the next
+	if err != nil {
+		return req, nil, err
+	}
+	return req, s.Metrics.Series(schemas.OperationChat, model.Backend, req.Model), nil
+}
+
+// enter notes that a run goes to its model, or reports that there is no room. A little more
+// goes there than can run, so that no slot waits for us. If nobody has the model now,
+// whoever starts the request will say why.
+func (s *Scheduler) enter(c *books.Claim) bool {
+	slots, assigned := s.Agents.Capacity(c.Tenant, c.Model)
+	p := place{c.Tenant, c.Model}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if slots > 0 && max(assigned, s.under[p]) >= slots+max(slots/4, 1) {
+		return false
+	}
+	s.under[p]++
+	return true
+}
+
+func (s *Scheduler) leave(c *books.Claim) {
+	p := place{c.Tenant, c.Model}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.under[p]--; s.under[p] <= 0 {
+		delete(s.under, p)
+	}
+}
+
+func (s *Scheduler) forget(c *books.Claim) {
+	s.mu.Lock()
+	if s.running[c.ID] == c.Run {
+		delete(s.running, c.ID)
+	}
+	s.mu.Unlock()
+	s.Wake()
+}
+
+// read reads a reply to its end.
+func (s *Scheduler) read(ctx context.Context, key schemas.KeyID, reply *dispatch.Reply) (string, *schemas.Error) {
+	if id, err := s.Keys.Identify(ctx, key); err == nil {
+		defer s.Keys.GuardID(id, reply.Interrupt)()
+	}
+	defer context.AfterFunc(ctx, func() { reply.Interrupt(schemas.AsError(context.Cause(ctx))) })()
+	var body []byte
+	for {
+		e := reply.Next()
+		for _, piece := range e.Payload {
+			body = append(body, piece...)
+		}
+		switch {
+		case e.Kind == dispatch.EventError:
+			return "", e.Err
+		case len(body) > maxCompletion:
+			reply.Interrupt(schemas.Errorf(schemas.CodeBackendError, "The reply is larger than %d bytes.", maxCompletion))
+		case e.Kind == dispatch.EventDone && !json.Valid(body):
+			return "", schemas.Errorf(schemas.CodeBackendError, "The inference backend sent something that isn't JSON.")
+		case e.Kind == dispatch.EventDone:
+			return string(body), nil
+		}
+	}
+}
+
+const (
+	// busyPause is after how long it is looked again for room at a model, if no run that
+	// ended has told.
+	busyPause = 250 * time.Millisecond
+	// slotPause is after how long it is looked again for a slot or for money, if no release
+	// has told.
+	slotPause = 2 * time.Second
+	// maxPause bounds the pauses between two tries.
+	maxPause = 10 * time.Second
+)
+
+// backoff is the pause after so many tries in vain, this one included.
+func backoff(tries int) time.Duration {
+	return min(time.Second<<min(max(tries-1, 0), 10), maxPause)
+}
+
+// refused ends or returns a submission whose run has failed. reply is nil if it wasn't
+// begun.
+func (s *Scheduler) refused(ctx context.Context, c *books.Claim, reply *dispatch.Reply, err error, rate quota.Rate) {
+	var failure *schemas.Error
+	if !errors.As(err, &failure) {
+		failure = schemas.AsError(err)
+		s.Log.ErrorContext(ctx, "submission failed", "error", err)
+	}
+	v := judge(failure, reply != nil && !reply.Timing().Claimed.IsZero(), rate)
+	if ctx.Err() != nil && (reply == nil || failure == desk.ErrShuttingDown) {
+		v = verdict{waits: books.WaitsForNothing} // the run was broken off by us
+	}
+	switch {
+	case v.lost && c.Lost+1 >= books.MaxLostRuns:
+		s.Log.WarnContext(ctx, "a submission is given up, because its runs get lost", "key", c.Key, "error", failure)
+		s.publish(ctx, c, s.end(ctx, c, books.End{Err: books.ErrPoison()}))
+	case v.waits == "":
+		s.publish(ctx, c, s.end(ctx, c, books.End{Err: failure}))
+	default:
+		r := books.Return{Claim: c, For: v.waits, Code: failure.Code, Pause: v.pause, Tries: c.Tries, Lost: v.lost}
+		switch r.For {
+		case books.WaitsForModel:
+			r.Tries++
+			r.Pause = backoff(r.Tries)
+		case books.WaitsForSlot, books.WaitsForMoney:
+			r.Pause, r.Tries = slotPause, 0 // the model could have been had
+		}
+		s.giveBack(ctx, r)
+	}
+}
+
+// verdict is what becomes of a submission whose run has failed: what it waits for, or
+// nothing, and then it ends.
+type verdict struct {
+	waits books.WaitsFor
+	pause time.Duration // at least
+	lost  bool
+}
+
+// judge says what becomes of a submission. begun says that an agent has had it.
+func judge(err *schemas.Error, begun bool, rate quota.Rate) verdict {
+	switch err.Code {
+	case schemas.CodeConcurrencyLimit:
+		if rate.Known && rate.RequestsLeft > 0 {
+			return verdict{waits: books.WaitsForMoney}
+		}
+		return verdict{waits: books.WaitsForSlot}
+	case schemas.CodeTenantQPSLimit:
+		return verdict{waits: books.WaitsForTime, pause: max(err.RetryAfter, minPause)}
+	case schemas.CodeModelLoading, schemas.CodeQueueFull:
+		return verdict{waits: books.WaitsForModel}
+	case schemas.CodeAgentOffline, schemas.CodeTunnelDown, schemas.CodeInternalError:
+		return verdict{waits: books.WaitsForModel, lost: begun}
+	case schemas.CodeAgentTimeout:
+		if !begun { // it lay in the queue of an agent for all the time that it had
+			return verdict{waits: books.WaitsForModel}
+		}
+	}
+	return verdict{}
+}
+
+// minPause is the shortest pause that a tenant's rate asks for.
+const minPause = 50 * time.Millisecond
+
+// end records the end of a submission, as long as it takes. It reports whether it was
+// recorded: not if somebody else has the submission by now.
+func (s *Scheduler) end(ctx context.Context, c *books.Claim, e books.End) (recorded bool) {
+	e.Keep = s.cfg.Keep
+	s.insist(ctx, func(ctx context.Context) (err error) {
+		recorded, err = s.Books.EndSubmission(ctx, c, e)
+		return err
+	})
+	return recorded
+}
+
+func (s *Scheduler) giveBack(ctx context.Context, r books.Return) {
+	s.insist(ctx, func(ctx context.Context) error {
+		_, err := s.Books.ReturnSubmission(ctx, r)
+		return err
+	})
+}
+
+// insist repeats what the books have to take until they do, or this process is to end: then
+// the sweep of another lets the submission wait again.
+func (s *Scheduler) insist(ctx context.Context, work func(context.Context) error) {
+	for {
+		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), booksWait)
+		err := work(bounded)
+		cancel()
+		if err == nil {
+			return
+		}
+		s.Log.WarnContext(ctx, "the books don't take the end of a run", "error", err)
+		if ctx.Err() != nil {
+			return
+		}
+		pause(ctx, again)
+	}
+}
