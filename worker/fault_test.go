@@ -7,7 +7,10 @@ import (
 	"time"
 
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/schemas"
+	"github.com/ownllm/ownllm/worker"
+	"github.com/ownllm/ownllm/worker/backend"
 	"github.com/ownllm/ownllm/worker/demo"
 )
 
@@ -206,6 +209,38 @@ func TestBackendThatIsDown(t *testing.T) {
 	s.demo.Store(up)
 	until(t, "the model to be back", func() bool { return h.state("demo") == schemas.ModelReady })
 	h.start(request("demo", true, numbered(3, 0))).wantNumbered(3)
+}
+
+// A worker whose backend isn't up yet says that it can't know: models of before stay known, as
+// failed, until the backend tells which of them it has.
+func TestBackendThatIsLate(t *testing.T) {
+	t.Parallel()
+	early, late := newServer(t, demo.Options{Models: models("early")}), newServer(t, demo.Options{Models: models("late")})
+	up := late.demo.Swap(nil)
+	h := newHouse(t, worker.Config{Backends: []backend.Config{{URL: early.URL}, {URL: late.URL}}, Drain: patience})
+	refused := func(model string) schemas.Code {
+		_, _, err := h.d.Start(context.Background(), request(model, true, nil))
+		if err == nil {
+			return ""
+		}
+		return schemas.AsError(err).Code
+	}
+	if got := refused("late"); got != schemas.CodeModelNotFound {
+		t.Errorf("a model that was never heard of: %q", got)
+	}
+	h.table.Restore(presence.Known{Tenant: tenant, Agent: agent, Inventory: schemas.Inventory{Models: models("early", "late", "gone")}})
+	for _, model := range []string{"late", "gone"} {
+		if got := refused(model); got != schemas.CodeBackendError {
+			t.Errorf("%s, of which nothing is known yet: %q", model, got)
+		}
+	}
+	h.start(request("early", true, numbered(3, 0))).wantNumbered(3)
+	late.demo.Store(up)
+	until(t, "the model to be back", func() bool { return h.state("late") == schemas.ModelReady })
+	h.start(request("late", true, numbered(3, 0))).wantNumbered(3)
+	if got := refused("gone"); got != schemas.CodeModelNotFound {
+		t.Errorf("a model that the backend doesn't have: %q", got)
+	}
 }
 
 // Many requests for a model that has to be loaded cause one load, and all are answered.

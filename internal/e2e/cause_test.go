@@ -124,6 +124,18 @@ var causes = []cause{
 		do:   func(_ *testing.T, v *victim) { v.backend.Kill() },
 		undo: func(_ *testing.T, v *victim) { v.backend.Start() },
 	},
+	{
+		// As when a machine starts: vLLM doesn't listen before its model is in memory.
+		name: "worker up before its backend", inside: true, code: schemas.CodeBackendError, retry: "5", within: 8 * time.Second,
+		also: schemas.CodeAgentOffline, cut: schemas.CodeBackendError, stays: 4 * time.Second,
+		do: func(t *testing.T, v *victim) {
+			v.backend.Kill()
+			v.worker.Signal(syscall.SIGTERM)
+			v.awaitEnd(t)
+			v.start()
+		},
+		undo: func(_ *testing.T, v *victim) { v.backend.Start() },
+	},
 }
 
 // awaitEnd waits until the worker is gone.
