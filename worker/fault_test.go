@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tidwall/gjson"
+
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/schemas"
@@ -275,4 +277,43 @@ func TestColdModel(t *testing.T) {
 	}
 	until(t, "the model to be ready", func() bool { return h.state("demo") == schemas.ModelReady })
 	until(t, "an empty queue", func() bool { return h.depth() == 0 })
+}
+
+// A model that its backend has unloaded without the worker's knowing is loaded by the next
+// request. That waits for the load like any other, for as long as it says, and no longer; the
+// load goes on without it.
+func TestModelUnloadedMeanwhile(t *testing.T) {
+	t.Parallel()
+	for _, stream := range []bool{true, false} {
+		h, s := one(t, demo.Options{}, 4)
+		faults := demo.NoFaults()
+		faults.LoadMS = 5000
+		if err := s.demo.Load().SetFaults("", faults); err != nil {
+			t.Fatal(err)
+		}
+		if got := h.state("demo"); got != schemas.ModelReady {
+			t.Fatalf("the worker knows already that the model is %s, so that nothing is shown", got)
+		}
+		began := time.Now()
+		patient := h.start(request("demo", stream, numbered(3, 0)))
+		o := h.owner()
+		j := o.job(time.Now().Add(time.Minute))
+		j.Stream = stream
+		o.publish(j) // it doesn't wait for a load
+		refusal := o.answer(schemas.FrameError, schemas.Verdict{Go: true}).Error
+		after := refusal.RetryAfterSeconds()
+		if took := time.Since(began); refusal.Code != schemas.CodeModelLoading || after < 2 || after > 10 || took > 4*time.Second+time.Second/2 {
+			t.Errorf("stream %v: who can't wait gets %v after %s, to come back after %d s", stream, refusal, took, after)
+		}
+		if got := h.state("demo"); got != schemas.ModelLoading {
+			t.Errorf("stream %v: the model is %s while it is being loaded", stream, got)
+		}
+		if err := patient.end(); err != nil {
+			t.Errorf("stream %v: who waits gets %v", stream, err)
+		} else if got := gjson.Get(patient.body.String(), "choices.0.message.content").Str; !stream && got != " 0 1 2" || stream && patient.text.String() != " 0 1 2" {
+			t.Errorf("stream %v: who waits gets %q", stream, patient.body.String())
+		}
+		until(t, "the model to be ready", func() bool { return h.state("demo") == schemas.ModelReady })
+		h.start(request("demo", true, numbered(3, 0))).wantNumbered(3)
+	}
 }
