@@ -183,7 +183,10 @@ func TestModelThatIsGone(t *testing.T) {
 	t.Parallel()
 	h, s := one(t, demo.Options{Models: models("old", "stays")}, 1)
 	busy := h.start(request("stays", true, numbered(10, 5*time.Second))).begin()
-	waiting := h.start(request("old", true, nil))
+	var waiting []*chat
+	for range 5 { // one waits for a slot, and the others in the queue
+		waiting = append(waiting, h.start(request("old", true, nil)))
+	}
 	s.demo.Store(demo.New(demo.Options{Models: models("new", "stays")}))
 	began := time.Now()
 	until(t, "the new model", func() bool { return h.state("new") == schemas.ModelReady && h.state("old") == "" })
@@ -192,8 +195,10 @@ func TestModelThatIsGone(t *testing.T) {
 	}
 	fresh := h.start(request("new", true, numbered(3, 0)))
 	busy.wantNumbered(10)
-	if err := waiting.end(); err == nil || err.Code != schemas.CodeModelNotFound {
-		t.Errorf("a request for a model that is gone ends with %v", err)
+	for _, c := range waiting {
+		if err := c.end(); err == nil || err.Code != schemas.CodeModelNotFound {
+			t.Errorf("a request for a model that is gone ends with %v", err)
+		}
 	}
 	fresh.wantNumbered(3)
 	until(t, "an empty queue", func() bool { return h.depth() == 0 })
