@@ -3,6 +3,7 @@ package schemas
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"slices"
 )
 
 // ModelState is whether a model can answer.
@@ -58,7 +59,30 @@ type Model struct {
 // Inventory is what an agent offers.
 type Inventory struct {
 	Models []Model `json:"models"`
+	// Partial says that a backend of the agent hasn't answered since the worker was started:
+	// what it has isn't known yet, and may be missing here.
+	Partial bool `json:"partial,omitempty"`
 }
+
+// Keep returns the inventory together with the models of an earlier one that it can't speak
+// of: if it is partial, those that are missing in it stay known, as failed.
+func (inv Inventory) Keep(earlier []Model) Inventory {
+	if !inv.Partial {
+		return inv
+	}
+	inv.Models = slices.Clone(inv.Models)
+	for _, m := range earlier {
+		if slices.ContainsFunc(inv.Models, func(n Model) bool { return n.ID == m.ID }) {
+			continue
+		}
+		m.State, m.Detail, m.LoadMS, m.LoadPercent = ModelFailed, unheard, 0, 0
+		inv.Models = append(inv.Models, m)
+	}
+	return inv
+}
+
+// unheard is why a model can't answer whose backend is still away after a start of its worker.
+const unheard = "its inference server hasn't answered since the worker on its GPU machine was started, and may still be starting"
 
 // Hash identifies the content of the inventory, so that a heartbeat needn't carry it.
 func (inv Inventory) Hash() string {

@@ -6,8 +6,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tidwall/gjson"
+
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/schemas"
+	"github.com/ownllm/ownllm/worker"
+	"github.com/ownllm/ownllm/worker/backend"
 	"github.com/ownllm/ownllm/worker/demo"
 )
 
@@ -178,7 +183,10 @@ func TestModelThatIsGone(t *testing.T) {
 	t.Parallel()
 	h, s := one(t, demo.Options{Models: models("old", "stays")}, 1)
 	busy := h.start(request("stays", true, numbered(10, 5*time.Second))).begin()
-	waiting := h.start(request("old", true, nil))
+	var waiting []*chat
+	for range 5 { // one waits for a slot, and the others in the queue
+		waiting = append(waiting, h.start(request("old", true, nil)))
+	}
 	s.demo.Store(demo.New(demo.Options{Models: models("new", "stays")}))
 	began := time.Now()
 	until(t, "the new model", func() bool { return h.state("new") == schemas.ModelReady && h.state("old") == "" })
@@ -187,8 +195,10 @@ func TestModelThatIsGone(t *testing.T) {
 	}
 	fresh := h.start(request("new", true, numbered(3, 0)))
 	busy.wantNumbered(10)
-	if err := waiting.end(); err == nil || err.Code != schemas.CodeModelNotFound {
-		t.Errorf("a request for a model that is gone ends with %v", err)
+	for _, c := range waiting {
+		if err := c.end(); err == nil || err.Code != schemas.CodeModelNotFound {
+			t.Errorf("a request for a model that is gone ends with %v", err)
+		}
 	}
 	fresh.wantNumbered(3)
 	until(t, "an empty queue", func() bool { return h.depth() == 0 })
@@ -206,6 +216,38 @@ func TestBackendThatIsDown(t *testing.T) {
 	s.demo.Store(up)
 	until(t, "the model to be back", func() bool { return h.state("demo") == schemas.ModelReady })
 	h.start(request("demo", true, numbered(3, 0))).wantNumbered(3)
+}
+
+// A worker whose backend isn't up yet says that it can't know: models of before stay known, as
+// failed, until the backend tells which of them it has.
+func TestBackendThatIsLate(t *testing.T) {
+	t.Parallel()
+	early, late := newServer(t, demo.Options{Models: models("early")}), newServer(t, demo.Options{Models: models("late")})
+	up := late.demo.Swap(nil)
+	h := newHouse(t, worker.Config{Backends: []backend.Config{{URL: early.URL}, {URL: late.URL}}, Drain: patience})
+	refused := func(model string) schemas.Code {
+		_, _, err := h.d.Start(context.Background(), request(model, true, nil))
+		if err == nil {
+			return ""
+		}
+		return schemas.AsError(err).Code
+	}
+	if got := refused("late"); got != schemas.CodeModelNotFound {
+		t.Errorf("a model that was never heard of: %q", got)
+	}
+	h.table.Restore(presence.Known{Tenant: tenant, Agent: agent, Inventory: schemas.Inventory{Models: models("early", "late", "gone")}})
+	for _, model := range []string{"late", "gone"} {
+		if got := refused(model); got != schemas.CodeBackendError {
+			t.Errorf("%s, of which nothing is known yet: %q", model, got)
+		}
+	}
+	h.start(request("early", true, numbered(3, 0))).wantNumbered(3)
+	late.demo.Store(up)
+	until(t, "the model to be back", func() bool { return h.state("late") == schemas.ModelReady })
+	h.start(request("late", true, numbered(3, 0))).wantNumbered(3)
+	if got := refused("gone"); got != schemas.CodeModelNotFound {
+		t.Errorf("a model that the backend doesn't have: %q", got)
+	}
 }
 
 // Many requests for a model that has to be loaded cause one load, and all are answered.
@@ -240,4 +282,43 @@ func TestColdModel(t *testing.T) {
 	}
 	until(t, "the model to be ready", func() bool { return h.state("demo") == schemas.ModelReady })
 	until(t, "an empty queue", func() bool { return h.depth() == 0 })
+}
+
+// A model that its backend has unloaded without the worker's knowing is loaded by the next
+// request. That waits for the load like any other, for as long as it says, and no longer; the
+// load goes on without it.
+func TestModelUnloadedMeanwhile(t *testing.T) {
+	t.Parallel()
+	for _, stream := range []bool{true, false} {
+		h, s := one(t, demo.Options{}, 4)
+		faults := demo.NoFaults()
+		faults.LoadMS = 5000
+		if err := s.demo.Load().SetFaults("", faults); err != nil {
+			t.Fatal(err)
+		}
+		if got := h.state("demo"); got != schemas.ModelReady {
+			t.Fatalf("the worker knows already that the model is %s, so that nothing is shown", got)
+		}
+		began := time.Now()
+		patient := h.start(request("demo", stream, numbered(3, 0)))
+		o := h.owner()
+		j := o.job(time.Now().Add(time.Minute))
+		j.Stream = stream
+		o.publish(j) // it doesn't wait for a load
+		refusal := o.answer(schemas.FrameError, schemas.Verdict{Go: true}).Error
+		after := refusal.RetryAfterSeconds()
+		if took := time.Since(began); refusal.Code != schemas.CodeModelLoading || after < 2 || after > 10 || took > 4*time.Second+time.Second/2 {
+			t.Errorf("stream %v: who can't wait gets %v after %s, to come back after %d s", stream, refusal, took, after)
+		}
+		if got := h.state("demo"); got != schemas.ModelLoading {
+			t.Errorf("stream %v: the model is %s while it is being loaded", stream, got)
+		}
+		if err := patient.end(); err != nil {
+			t.Errorf("stream %v: who waits gets %v", stream, err)
+		} else if got := gjson.Get(patient.body.String(), "choices.0.message.content").Str; !stream && got != " 0 1 2" || stream && patient.text.String() != " 0 1 2" {
+			t.Errorf("stream %v: who waits gets %q", stream, patient.body.String())
+		}
+		until(t, "the model to be ready", func() bool { return h.state("demo") == schemas.ModelReady })
+		h.start(request("demo", true, numbered(3, 0))).wantNumbered(3)
+	}
 }

@@ -214,12 +214,21 @@ type chat struct {
 // start starts a request, which is closed at the end of the test if it isn't before.
 func (h *house) start(req dispatch.Request) *chat {
 	h.t.Helper()
-	reply, _, err := h.d.Start(context.Background(), req)
+	c, err := h.ask(req)
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	return c
+}
+
+// ask is start for a request that may be refused.
+func (h *house) ask(req dispatch.Request) (*chat, *schemas.Error) {
+	reply, _, err := h.d.Start(context.Background(), req)
+	if err != nil {
+		return nil, schemas.AsError(err)
+	}
 	h.t.Cleanup(reply.Close)
-	return &chat{t: h.t, reply: reply}
+	return &chat{t: h.t, reply: reply}, nil
 }
 
 // next takes in the next event.

@@ -1,10 +1,13 @@
 package worker_test
 
 import (
+	"context"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
 )
 
@@ -45,5 +48,44 @@ func TestFirstJobAfterALostLink(t *testing.T) {
 		if took := time.Since(began); took > bus.AckWait/3 {
 			t.Errorf("%s: the next job takes %s", name, took)
 		}
+	}
+}
+
+// A model that is removed and comes back takes its next job at once, too, though its queue was
+// left in the middle of work.
+func TestFirstJobOfAModelThatIsBack(t *testing.T) {
+	t.Parallel()
+	h, s := one(t, demo.Options{Models: models("demo", "stays")}, 2)
+	for round := range 6 {
+		busy, stop := context.WithCancel(t.Context())
+		var asking sync.WaitGroup
+		for range 2 {
+			asking.Go(func() {
+				for busy.Err() == nil {
+					began := time.Now()
+					c, err := h.ask(request("demo", true, numbered(2, 0)))
+					if err == nil {
+						err = c.end()
+					}
+					if err != nil && err.Code != schemas.CodeModelNotFound {
+						t.Errorf("round %d: %v", round, err)
+					}
+					if took := time.Since(began); took > bus.AckWait/3 {
+						t.Errorf("round %d: a job on the way takes %s and ends with %v", round, took, err)
+					}
+				}
+			})
+		}
+		s.demo.Store(demo.New(demo.Options{Models: models("stays")}))
+		until(t, "the model to be gone", func() bool { return h.state("demo") == "" })
+		s.demo.Store(demo.New(demo.Options{Models: models("demo", "stays")}))
+		until(t, "the model to be back", func() bool { return h.state("demo") == schemas.ModelReady })
+		began := time.Now()
+		h.start(request("demo", true, numbered(3, 0))).wantNumbered(3)
+		if took := time.Since(began); took > bus.AckWait/3 {
+			t.Errorf("round %d: the next job takes %s", round, took)
+		}
+		stop()
+		asking.Wait()
 	}
 }

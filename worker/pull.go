@@ -27,6 +27,9 @@ const (
 	renewPause = 2 * time.Second
 	renewHold  = 30 * time.Second
 	renewLook  = 100 * time.Millisecond
+	// lingerIdle is for how long the queue of a model that is gone has to be empty before it is
+	// left, so that no job stays behind in it.
+	lingerIdle = time.Second
 	// renewMany renewals, none of which has lasted for renewOften, are no accident.
 	renewMany  = 5
 	renewOften = 10 * time.Second
@@ -54,8 +57,13 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 	type pulling struct {
 		*puller
 		stop context.CancelFunc
+		gone time.Time // since when the model is gone; zero: it isn't
 	}
 	pulls := make(map[string]pulling) // by model
+	isGone := func(model string) bool {
+		p, ok := pulls[model]
+		return !ok || !p.gone.IsZero()
+	}
 	var loops sync.WaitGroup
 	defer loops.Wait()
 	retry := time.NewTimer(0)
@@ -68,6 +76,10 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 	defer renew.Stop()
 	var refused, renewed time.Time
 	renewals := 0 // in a row
+	// Edges may have sent jobs to a model before they heard that it is gone. Somebody has to
+	// tell them, so its queue is served until it is empty and nothing more comes.
+	linger := time.NewTicker(lingerIdle)
+	defer linger.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -80,9 +92,21 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 				renew.Reset(max(0, renewPause-now.Sub(renewed)))
 			}
 			continue
+		case now := <-linger.C:
+			for model, p := range pulls {
+				if !p.gone.IsZero() && now.Sub(p.gone) > lingerIdle && p.idle(now) > lingerIdle {
+					p.stop()
+					delete(pulls, model)
+				}
+			}
+			continue
 		case now := <-renew.C:
 			// A job of a model that is gone couldn't be acknowledged any more.
-			if now.Sub(refused) < renewHold && slices.ContainsFunc(w.list(), func(r *run) bool { _, ok := pulls[r.job.Model]; return !ok }) {
+			lingers := false
+			for model := range pulls {
+				lingers = lingers || isGone(model)
+			}
+			if now.Sub(refused) < renewHold && (lingers || slices.ContainsFunc(w.list(), func(r *run) bool { return isGone(r.job.Model) })) {
 				renew.Reset(renewLook)
 				continue
 			}
@@ -92,7 +116,11 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 				renewals = 0
 			}
 			refused, renewed = time.Time{}, now
-			for _, p := range pulls {
+			for model, p := range pulls {
+				if isGone(model) {
+					p.stop()
+					delete(pulls, model)
+				}
 				p.leave() // the connection is back too soon for them to hear of it in time
 			}
 			if renewals == renewMany {
@@ -117,10 +145,19 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 			continue
 		}
 		for model, p := range pulls {
-			if welcome.Consumers[model] != p.consumer {
+			switch welcome.Consumers[model] {
+			case p.consumer:
+				p.gone = time.Time{}
+			case "":
+				if p.gone.IsZero() {
+					p.gone = time.Now()
+				}
+			default:
 				p.stop()
 				delete(pulls, model)
+				continue
 			}
+			pulls[model] = p
 		}
 		for model, consumer := range welcome.Consumers {
 			if _, ok := pulls[model]; ok {
@@ -128,7 +165,7 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 			}
 			pullCtx, cancel := context.WithCancel(ctx)
 			p := &puller{w: w, stream: welcome.Stream, consumer: consumer}
-			pulls[model] = pulling{p, cancel}
+			pulls[model] = pulling{puller: p, stop: cancel}
 			loops.Add(1)
 			go func() {
 				defer loops.Done()
@@ -173,6 +210,7 @@ type puller struct {
 	mu    sync.Mutex
 	inbox string
 	sub   *nats.Subscription // to the inbox; nil: it was left
+	empty time.Time          // since when a pull waits for a job; zero: none does
 }
 
 const (
@@ -221,6 +259,7 @@ func (p *puller) run(ctx, life context.Context, jobs *sync.WaitGroup) error {
 			return fmt.Errorf("listen to consumer %s: %w", p.consumer, err)
 		}
 		reply := inbox + "." + strconv.FormatUint(n, 10)
+		p.waits(true)
 		wait := pullExpiry + pullGrace
 		if err := w.tokens.PublishRequest(subject, reply, request); err != nil {
 			wait = pullRetry
@@ -244,6 +283,7 @@ func (p *puller) run(ctx, life context.Context, jobs *sync.WaitGroup) error {
 			case m := <-delivered:
 				switch code := m.Header.Get("Status"); {
 				case code == "" || len(m.Data) > 0:
+					p.waits(false)
 					p.deliver(ctx, life, m, jobs)
 					break waiting
 				case m.Subject != reply || code == "100":
@@ -257,6 +297,28 @@ func (p *puller) run(ctx, life context.Context, jobs *sync.WaitGroup) error {
 			}
 		}
 	}
+}
+
+// waits notes whether a pull waits for a job.
+func (p *puller) waits(is bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case !is:
+		p.empty = time.Time{}
+	case p.empty.IsZero():
+		p.empty = time.Now()
+	}
+}
+
+// idle is for how long pulls have waited for a job.
+func (p *puller) idle(now time.Time) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.empty.IsZero() {
+		return 0
+	}
+	return now.Sub(p.empty)
 }
 
 // listen returns the inbox that jobs come to, a new one if the last one was left.

@@ -80,7 +80,7 @@ func (r *run) serve(ctx context.Context) error {
 	if p.cold() {
 		leave() // a load takes no slot
 		r.claim(true)
-		if err := r.warm(ctx, p); err != nil {
+		if err := r.warm(ctx, p, r.coldWait()); err != nil {
 			return err
 		}
 	}
@@ -136,10 +136,13 @@ func (r *run) countLate(ctx context.Context, b *backend.Backend, body []byte) (s
 	}
 }
 
-// warm waits for the model to be loaded, for as long as the request may wait.
-func (r *run) warm(ctx context.Context, p *place) error {
+// coldWait is how long the request may wait for its model to be loaded.
+func (r *run) coldWait() time.Duration { return time.Duration(r.job.ColdWait) * time.Millisecond }
+
+// warm waits for the model to be loaded, for the given time at the most.
+func (r *run) warm(ctx context.Context, p *place, wait time.Duration) error {
 	l := r.w.stock.warm(r.life, p, r.job.Model)
-	timer := time.NewTimer(time.Duration(r.job.ColdWait) * time.Millisecond)
+	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	select {
 	case <-l.done:
@@ -154,18 +157,73 @@ func (r *run) warm(ctx context.Context, p *place) error {
 	}
 }
 
+const (
+	// lookAfter is how long a backend may be silent before it is looked whether the model is
+	// in memory, and lookEvery how often from then on. A model counts as out of memory once
+	// two looks have said so: one may have come as it was unloaded right behind the reply.
+	lookAfter = time.Second
+	lookEvery = 250 * time.Millisecond
+)
+
+// lookOut looks, until stop is called, whether the model has left memory without the
+// worker's knowing, so that the backend loads it before it answers. Then the request waits
+// for that load as it would have from the start, and is given up, by end, once it has waited
+// for long enough. The worker asks for the load, too, so that it outlives the request.
+func (r *run) lookOut(ctx context.Context, end context.CancelCauseFunc) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	began, done := time.Now(), make(chan struct{})
+	timer := time.AfterFunc(lookAfter, func() {
+		defer close(done)
+		tick := time.NewTicker(lookEvery)
+		defer tick.Stop()
+		for cold := 0; cold < 2; {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			if p, ok := r.w.stock.find(r.job.Model); !ok || !p.cold() {
+				cold = 0
+			} else if cold++; cold == 2 {
+				r.claim(true)
+				if err := r.warm(ctx, p, r.coldWait()-time.Since(began)); err != nil && ctx.Err() == nil {
+					end(err)
+					return
+				}
+				r.claim(false)
+			}
+		}
+	})
+	return sync.OnceFunc(func() {
+		cancel()
+		if !timer.Stop() {
+			<-done
+		}
+	})
+}
+
 // chat calls the backend and sends on what it says.
 func (r *run) chat(ctx context.Context, b *backend.Backend, body []byte) error {
 	series := r.w.cfg.Metrics.Series(r.job.Operation, string(b.Kind()), r.job.Model)
 	callCtx, span := r.w.cfg.Tracer.Call(ctx, r.job.Operation, string(b.Kind()), r.job.Model)
 	start := time.Now()
-	err := r.relay(callCtx, b, body, func() { series.BackendChunk(callCtx, time.Since(start)) })
+	callCtx, end := context.WithCancelCause(callCtx)
+	defer end(nil)
+	silent := r.lookOut(callCtx, end)
+	defer silent()
+	err := r.relay(callCtx, b, body, func() error {
+		silent()
+		series.BackendChunk(callCtx, time.Since(start))
+		return context.Cause(callCtx)
+	})
 	trace.End(span, err)
 	series.BackendCalled(callCtx, time.Since(start), outcome(err))
 	return err
 }
 
-func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, first func()) error {
+// relay sends on what the backend says. It calls first as soon as that is something, and ends
+// if that returns an error.
+func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, first func() error) error {
 	call := &backend.Call{
 		Model: r.job.Model, Body: body, Stream: r.job.Stream, IncludeUsage: r.job.IncludeUsage,
 		Completion: r.job.Completion, Created: r.job.Created, ReplyModel: r.job.ReplyModel,
@@ -185,7 +243,9 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, first 
 		if err != nil {
 			return err
 		}
-		first()
+		if err := first(); err != nil {
+			return err
+		}
 		for len(whole) > maxPiece {
 			if err := r.chunk(ctx, whole[:maxPiece], reply.Tokens()); err != nil {
 				return err
@@ -206,7 +266,9 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, first 
 	for {
 		lines, err = reply.Next(lines[:0])
 		if first != nil && (len(lines) > 0 || err != nil) {
-			first()
+			if ended := first(); ended != nil {
+				return ended
+			}
 			first = nil
 		}
 		switch {

@@ -32,6 +32,7 @@ type shelf struct {
 	config  backend.Config
 	backend *backend.Backend // nil until somebody answers at the address
 	models  []schemas.Model  // as last heard
+	heard   bool             // the server has said at least once what it has
 	missing string           // the last complaint about the address, so that each is logged once
 	slots   slots
 }
@@ -71,7 +72,8 @@ func (s *stock) slotCount() int {
 const askWait = 5 * time.Second
 
 // refresh asks all backends what they have, and reports whether the set of models
-// has changed. The models of a backend that doesn't answer stay known, as failed. It
+// has changed, or how much of it is known. The models of a backend that doesn't answer stay
+// known, as failed; until one has answered for the first time, the inventory is partial. It
 // is called by one goroutine at a time.
 func (s *stock) refresh(ctx context.Context) (setChanged bool) {
 	var asks sync.WaitGroup
@@ -85,6 +87,7 @@ func (s *stock) refresh(ctx context.Context) (setChanged bool) {
 	places := make(map[string]*place)
 	inv := schemas.Inventory{Models: []schemas.Model{}}
 	for _, sh := range s.shelves {
+		inv.Partial = inv.Partial || !sh.heard
 		for _, m := range sh.models {
 			if places[m.ID] != nil {
 				continue // an earlier backend serves it
@@ -96,7 +99,7 @@ func (s *stock) refresh(ctx context.Context) (setChanged bool) {
 			inv.Models = append(inv.Models, m)
 		}
 	}
-	setChanged = len(places) != len(s.places)
+	setChanged = len(places) != len(s.places) || inv.Partial != s.models.Partial
 	for id := range places {
 		setChanged = setChanged || s.places[id] == nil
 	}
@@ -135,7 +138,7 @@ func (sh *shelf) ask(ctx context.Context) error {
 	}
 	models, err := sh.backend.Models(ctx)
 	if err == nil {
-		sh.models = models
+		sh.models, sh.heard = models, true
 	}
 	return err
 }

@@ -3,6 +3,7 @@ package books
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -70,7 +71,8 @@ func (r AgentReport) check() ([]byte, error) {
 	return b, nil
 }
 
-// UpsertAgent stores what an agent says of itself, as seen now. The last word wins:
+// UpsertAgent stores what an agent says of itself, as seen now. A partial inventory keeps the
+// models that were stored before. Apart from that, the last word wins:
 // which incarnation of an agent is the live one is for presence to judge. An agent
 // never changes its tenant, and one that was removed stays so.
 func (s *Store) UpsertAgent(ctx context.Context, r AgentReport) error {
@@ -79,6 +81,18 @@ func (s *Store) UpsertAgent(ctx context.Context, r AgentReport) error {
 		return err
 	}
 	return s.write(ctx, "store an agent", func(ctx context.Context, tx pgx.Tx) ([]deed, error) {
+		stored := r
+		if r.Inventory.Partial {
+			var before schemas.Inventory
+			err := tx.QueryRow(ctx, `SELECT inventory FROM agents WHERE id = $1 FOR NO KEY UPDATE`, r.ID).Scan(&before)
+			if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+				return nil, err
+			}
+			stored.Inventory = r.Inventory.Keep(before.Models)
+			if inventory, err = stored.check(); err != nil {
+				return nil, err
+			}
+		}
 		tag, err := tx.Exec(ctx, `
 			INSERT INTO agents (id, tenant_id, name, inventory, inventory_hash, incarnation, last_seen)
 			VALUES ($1, $2, $3, $4::jsonb, $5, $6, now())
@@ -86,7 +100,7 @@ func (s *Store) UpsertAgent(ctx context.Context, r AgentReport) error {
 				name = excluded.name, inventory = excluded.inventory, inventory_hash = excluded.inventory_hash,
 				incarnation = excluded.incarnation, last_seen = now()
 			WHERE agents.tenant_id = excluded.tenant_id AND agents.removed_at IS NULL`,
-			r.ID, r.Tenant, r.Name, string(inventory), r.Inventory.Hash(), r.Incarnation)
+			r.ID, r.Tenant, r.Name, string(inventory), stored.Inventory.Hash(), r.Incarnation)
 		if err == nil && tag.RowsAffected() == 0 {
 			return nil, invalid("id", "The agent was removed, or another tenant has one with this id. Pair the machine again.")
 		}

@@ -56,6 +56,38 @@ func TestAgents(t *testing.T) {
 		t.Errorf("stored %+v", second)
 	}
 
+	// What a partial inventory can't speak of stays, as failed, until one that is whole comes.
+	model := func(id string) schemas.Model { return schemas.Model{ID: id, State: schemas.ModelReady} }
+	for _, c := range []struct {
+		partial bool
+		says    []schemas.Model
+		want    string
+	}{
+		{false, []schemas.Model{model("a"), model("b")}, "a=ready b=ready"},
+		{true, []schemas.Model{model("b")}, "b=ready a=failed"},
+		{true, nil, "b=failed a=failed"},
+		{true, []schemas.Model{model("a")}, "a=ready b=failed"},
+		{false, []schemas.Model{model("a")}, "a=ready"},
+		{false, []schemas.Model{}, ""},
+	} {
+		report.Inventory = schemas.Inventory{Models: c.says, Partial: c.partial}
+		if err := s.UpsertAgent(t.Context(), report); err != nil {
+			t.Fatal(err)
+		}
+		var have []string
+		for _, m := range get().Inventory.Models {
+			have = append(have, m.ID+"="+string(m.State))
+		}
+		if got := strings.Join(have, " "); got != c.want || get().Inventory.Partial != c.partial || get().InventoryHash != get().Inventory.Hash() {
+			t.Errorf("after %+v the books have %q", c, got)
+		}
+	}
+	newcomer := books.AgentReport{ID: schemas.NewAgentID(), Tenant: other.ID, Incarnation: report.Incarnation, Inventory: schemas.Inventory{Partial: true}}
+	if err := s.UpsertAgent(t.Context(), newcomer); err != nil {
+		t.Errorf("a partial inventory of an agent that is new: %v", err)
+	}
+	second = get()
+
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
@@ -103,7 +135,7 @@ func TestAgents(t *testing.T) {
 	if err := s.UpsertAgent(t.Context(), books.AgentReport{ID: schemas.NewAgentID(), Tenant: other.ID, Incarnation: schemas.NewIncarnation()}); err != nil {
 		t.Fatal(err)
 	}
-	if list, _, err := s.ListAgents(t.Context(), "", books.Page{}); err != nil || len(list) != 2 {
+	if list, _, err := s.ListAgents(t.Context(), "", books.Page{}); err != nil || len(list) != 3 {
 		t.Errorf("of all tenants: %+v, %v", list, err)
 	}
 	_, _, err := s.ListAgents(t.Context(), "nobody", books.Page{})

@@ -101,8 +101,9 @@ func (q *Queue) Publish(ctx context.Context, agent schemas.AgentID, job *schemas
 		return 0, err
 	}
 	header[schemas.HeaderMsgID] = []string{job.MsgID()}
-	if left := time.Until(time.UnixMilli(job.Deadline)); left > 0 {
+	if job.Deadline != 0 {
 		// A second more than the deadline, so that the message outlives the job.
+		left := max(0, time.Until(time.UnixMilli(job.Deadline)))
 		header[schemas.HeaderTTL] = []string{strconv.Itoa(int(left/time.Second) + 2)}
 	}
 	msg := &nats.Msg{Subject: schemas.JobSubject(job.Tenant, agent, job.Model), Header: header, Data: payload}

@@ -80,17 +80,20 @@ func TestTenantsDontShareIDs(t *testing.T) {
 	}
 }
 
-// A job leaves the queue when its time is over, even if nobody ever takes it.
+// A job leaves the queue when its time is over, even if nobody ever takes it, and even if that
+// was before it got there.
 func TestJobsExpire(t *testing.T) {
 	nc, q := natstest.Start(t).Queue(10)
 	name, err := q.EnsureConsumer(t.Context(), tenant, agentA, model)
 	if err != nil {
 		t.Fatal(err)
 	}
-	j := job("req_1", 1)
-	j.Deadline = time.Now().Add(time.Millisecond).UnixMilli()
-	if _, err := q.Publish(t.Context(), agentA, j, "{}", map[string][]string{}); err != nil {
-		t.Fatal(err)
+	for id, left := range map[string]time.Duration{"req_1": 500 * time.Millisecond, "req_2": -time.Second} {
+		j := job(id, 1)
+		j.Deadline = time.Now().Add(left).UnixMilli()
+		if _, err := q.Publish(t.Context(), agentA, j, "{}", map[string][]string{}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	deadline := time.Now().Add(15 * time.Second)
 	for {
@@ -104,6 +107,7 @@ func TestJobsExpire(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatalf("the queue still holds %v", depths)
 		}
+		time.Sleep(20 * time.Millisecond)
 	}
 	if m := pull(t, nc, name, 200*time.Millisecond); m.Header.Get("Status") != "408" {
 		t.Errorf("got %v %q, want nothing", m.Header, m.Data)

@@ -46,6 +46,7 @@ type agent struct {
 	aside       time.Time // when it was last heard of over HTTPS; zero: not lately
 	hash        string
 	models      []schemas.Model
+	partial     bool // the inventory was, and models may stand for what isn't known yet
 	running     int
 	waiting     int
 	slots       int
@@ -71,7 +72,8 @@ type Known struct {
 }
 
 // Restore makes known an agent that may be away, so that its models are told apart
-// from models that nobody has. It changes nothing of an agent that is here.
+// from models that nobody has. Of an agent that is here it adds what that itself can't tell
+// yet, and changes nothing else.
 func (t *Table) Restore(k Known) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -79,13 +81,20 @@ func (t *Table) Restore(k Known) {
 	if k.Name != "" {
 		a.name = k.Name
 	}
-	if a.state == "" {
-		a.models = k.Inventory.Models
-		a.hash = ""
+	switch {
+	case a.state == "":
+		a.models, a.partial, a.hash = k.Inventory.Models, k.Inventory.Partial, ""
 		if k.LastSeen.After(a.lastSeen) {
 			a.lastSeen = k.LastSeen
 		}
+	case a.partial:
+		a.models = schemas.Inventory{Models: a.models, Partial: true}.Keep(k.Inventory.Models).Models
 	}
+}
+
+// take takes in what the agent says that it has.
+func (a *agent) take(inv *schemas.Inventory, hash string) {
+	a.models, a.partial, a.hash = inv.Keep(a.models).Models, inv.Partial, hash
 }
 
 // Forget removes an agent for good.
@@ -144,7 +153,7 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 			gone = append(gone, Gone{Agent: id, Incarnation: a.incarnation, Draining: true})
 		}
 		if hb.Inventory != nil {
-			a.models, a.hash = hb.Inventory.Models, hb.Hash
+			a.take(hb.Inventory, hb.Hash)
 			if hb.Host != "" {
 				a.name = hb.Host
 			}
@@ -169,7 +178,7 @@ func (t *Table) ObserveAside(tenant schemas.TenantID, id schemas.AgentID, hb *sc
 		a.aside = time.Time{}
 	}
 	if a.state == "" && hb.Inventory != nil {
-		a.models, a.hash = hb.Inventory.Models, ""
+		a.take(hb.Inventory, "")
 	}
 }
 

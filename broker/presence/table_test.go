@@ -463,6 +463,50 @@ func TestRestore(t *testing.T) {
 	}
 }
 
+// A worker that can't ask one of its backends yet doesn't make that one's models unknown,
+// whoever remembers them, and in whatever order.
+func TestPartialInventory(t *testing.T) {
+	partial := func(inc schemas.Incarnation, models ...string) step {
+		return func(t *Table) {
+			inv := inventory(models...)
+			inv.Partial = true
+			t.Observe(tenant, "a", &schemas.Heartbeat{Incarnation: inc, State: schemas.AgentUp, Hash: "partial", Inventory: inv}, t0)
+		}
+	}
+	aside := func(t *Table) {
+		inv := inventory("here=ready")
+		inv.Partial = true
+		t.ObserveAside(tenant, "a", &schemas.Heartbeat{Incarnation: "inc_2", State: schemas.AgentUp, Hash: "partial", Inventory: inv}, t0)
+	}
+	for name, c := range map[string]struct {
+		steps []step
+		code  schemas.Code // for the model "late"; empty: it can be run
+	}{
+		"of the run before":            {[]step{up("a", "here=ready", "late=ready"), partial("inc_2", "here=ready")}, schemas.CodeBackendError},
+		"of the books":                 {[]step{remembered("a", "here=ready", "late=ready"), partial("inc_1", "here=ready")}, schemas.CodeBackendError},
+		"of the books, heard later":    {[]step{partial("inc_1", "here=ready"), remembered("a", "here=cold", "late=ready")}, schemas.CodeBackendError},
+		"said twice":                   {[]step{up("a", "late=ready"), partial("inc_2", "here=ready"), partial("inc_2", "here=ready")}, schemas.CodeBackendError},
+		"over HTTPS":                   {[]step{remembered("a", "late=ready"), aside}, schemas.CodeTunnelDown},
+		"of nobody":                    {[]step{partial("inc_1", "here=ready")}, schemas.CodeModelNotFound},
+		"until the backend has it":     {[]step{up("a", "late=ready"), partial("inc_2", "here=ready"), says("a", "inc_2", schemas.AgentUp, load{slots: 1}, "here=ready", "late=ready")}, ""},
+		"until the backend has it not": {[]step{up("a", "late=ready"), partial("inc_2", "here=ready"), says("a", "inc_2", schemas.AgentUp, load{slots: 1}, "here=ready"), remembered("a", "late=ready")}, schemas.CodeModelNotFound},
+	} {
+		table := NewTable()
+		do(table, c.steps...)
+		_, err := table.Route(tenant, "late", nil)
+		var told *schemas.Error
+		if errors.As(err, &told); told == nil && c.code != "" || told != nil && told.Code != c.code {
+			t.Errorf("%s: %v, want %q", name, err, c.code)
+		}
+		if c.code == schemas.CodeBackendError && (told.RetryAfterSeconds() == 0 || !strings.Contains(told.Message, "may still be starting")) {
+			t.Errorf("%s: %v, to come back after %d s", name, told, told.RetryAfterSeconds())
+		}
+		if m, ok := table.Find(tenant, "here"); name != "over HTTPS" && (!ok || m.State != schemas.ModelReady) && c.code != "" {
+			t.Errorf("%s: what can be asked is %+v", name, m)
+		}
+	}
+}
+
 func TestAgents(t *testing.T) {
 	table := NewTable()
 	do(table, says("b", "inc_1", schemas.AgentUp, load{3, 2, 4}, "m=ready"), says("a", "inc_2", schemas.AgentUp, load{1, 1, 1}, "m=ready"), lost("a"))

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/ownllm/ownllm/broker/books"
-	"github.com/ownllm/ownllm/internal/adminapi"
 	"github.com/ownllm/ownllm/internal/faultproxy"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
@@ -105,13 +104,10 @@ var causes = []cause{
 		undo: func(_ *testing.T, v *victim) { v.bus.Restore() },
 	},
 	{
-		// Nobody asks before the agent has told that the model isn't in memory: backends
-		// unload those that weren't used for a while. The first request begins the load.
+		// Backends unload models that weren't used for a while. The first request begins the
+		// load, before the agent has noticed.
 		name: "model loading", inside: true, code: schemas.CodeModelLoading, retry: "2-10", within: 5 * time.Second,
-		do: func(t *testing.T, v *victim) {
-			v.backend.Do(http.MethodPut, "/demo/faults", `{"load_ms":4000}`)
-			v.awaitCold(t)
-		},
+		do:   func(_ *testing.T, v *victim) { v.backend.Do(http.MethodPut, "/demo/faults", `{"load_ms":8000}`) },
 		undo: func(*testing.T, *victim) {}, // the load ends
 	},
 	{
@@ -124,26 +120,24 @@ var causes = []cause{
 		do:   func(_ *testing.T, v *victim) { v.backend.Kill() },
 		undo: func(_ *testing.T, v *victim) { v.backend.Start() },
 	},
+	{
+		// As when a machine starts: vLLM doesn't listen before its model is in memory.
+		name: "worker up before its backend", inside: true, code: schemas.CodeBackendError, retry: "5", within: 8 * time.Second,
+		also: schemas.CodeAgentOffline, cut: schemas.CodeBackendError, stays: 4 * time.Second,
+		do: func(t *testing.T, v *victim) {
+			v.backend.Kill()
+			v.worker.Signal(syscall.SIGTERM)
+			v.awaitEnd(t)
+			v.start()
+		},
+		undo: func(_ *testing.T, v *victim) { v.backend.Start() },
+	},
 }
 
 // awaitEnd waits until the worker is gone.
 func (v *victim) awaitEnd(t *testing.T) {
 	t.Helper()
 	stack.Until(t, 20*time.Second, "the worker to end", func() bool { return !v.worker.Alive() })
-}
-
-// awaitCold waits until every edge knows that the model isn't in memory.
-func (v *victim) awaitCold(t *testing.T) {
-	t.Helper()
-	for _, edge := range v.edges {
-		api := adminOf(t, edge)
-		stack.Until(t, 10*time.Second, "the edge to know that the model is cold", func() bool {
-			agents, err := api.Agents(t.Context(), "")
-			return err == nil && slices.ContainsFunc(agents, func(a adminapi.Agent) bool {
-				return a.ID == v.agent && len(a.Models) == 1 && a.Models[0].State == schemas.ModelCold
-			})
-		})
-	}
 }
 
 // TestCauses makes a model unable to answer in every way there is, by real processes and a

@@ -235,6 +235,23 @@ func TestColdOllama(t *testing.T) {
 	}
 	awaitState(schemas.ModelReady)
 
+	// One that was unloaded a moment ago, so that the worker doesn't know yet.
+	o.unload(3 * time.Second)
+	began = time.Now()
+	var hasty sync.WaitGroup
+	hasty.Go(func() {
+		wait := told(ask(true, "0"))
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("who doesn't wait for a model that was just unloaded is told after %s", took)
+		}
+		time.Sleep(wait)
+		answered(ask(false, ""))
+	})
+	hasty.Go(func() { answered(ask(true, "30s")) })
+	hasty.Go(func() { answered(ask(false, "30s")) })
+	hasty.Wait()
+	awaitState(schemas.ModelReady)
+
 	// One that takes much longer than any before.
 	const long = 24 * time.Second
 	o.unload(long)

@@ -2,7 +2,11 @@ package stack
 
 import (
 	"context"
+	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/ownllm/ownllm/broker/books"
@@ -20,11 +24,23 @@ type Postgres struct {
 	Address string // of a migrated database
 }
 
-// StartPostgres starts a server. It ends with the test.
+// StartPostgres starts a server, which may be stopped but not killed: it flushes nothing to
+// the disk. It ends with the test.
 func StartPostgres(t testing.TB) *Postgres {
 	t.Helper()
+	return startPostgres(t, true)
+}
+
+// StartMortalPostgres starts a server that may be killed, too.
+func StartMortalPostgres(t testing.TB) *Postgres {
+	t.Helper()
+	return startPostgres(t, false)
+}
+
+func startPostgres(t testing.TB, noSync bool) *Postgres {
+	t.Helper()
 	p := &Postgres{t: t, cfg: postgres.Config{
-		DataDir: filepath.Join(t.TempDir(), "postgres"), NoSync: true,
+		DataDir: filepath.Join(t.TempDir(), "postgres"), NoSync: noSync,
 		Settings: map[string]string{"shared_buffers": "32MB", "max_connections": "200"},
 	}}
 	t.Cleanup(func() {
@@ -68,6 +84,35 @@ func (p *Postgres) Stop() {
 	defer cancel()
 	if err := p.server.Stop(ctx); err != nil {
 		p.t.Error(err)
+	}
+	p.server = nil
+	p.proxy.Cut()
+}
+
+// Kill ends the server by SIGKILL, and with it every connection. It ends the server process
+// itself; the others of the cluster see that and go.
+func (p *Postgres) Kill() {
+	p.t.Helper()
+	files, err := filepath.Glob(filepath.Join(p.cfg.DataDir, "*", "postmaster.pid"))
+	if err != nil || len(files) != 1 {
+		p.t.Fatalf("the server has %q, %v", files, err)
+	}
+	text, err := os.ReadFile(files[0])
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	line, _, _ := strings.Cut(string(text), "\n")
+	pid, err := strconv.Atoi(line)
+	if err != nil || pid <= 1 {
+		p.t.Fatalf("the server has process id %q", line)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		p.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), stopWait)
+	defer cancel()
+	if err := p.server.Stop(ctx); err == nil { // which gives the data back
+		p.t.Error("a server that was killed has ended in an orderly way")
 	}
 	p.server = nil
 	p.proxy.Cut()
