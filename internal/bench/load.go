@@ -116,14 +116,19 @@ func measure(ctx context.Context, c config, stderr io.Writer) (*Report, error) {
 	}
 	report := newReport(c)
 	report.Commit = commit(ctx, c.binary)
-	if c.only != "admissions" {
-		if report.Workloads, err = measureRequests(ctx, c, dir, stderr); err != nil {
-			return nil, err
+	for _, p := range []struct {
+		name    string
+		measure func() error
+	}{
+		{"requests", func() error { report.Workloads, err = measureRequests(ctx, c, dir, stderr); return err }},
+		{"streams", func() error { report.Streams, err = measureStreams(ctx, c, dir, stderr); return err }},
+		{"admissions", func() error { report.Admissions, err = measureAdmissions(ctx, c, dir, stderr); return err }},
+	} {
+		if c.only != "" && c.only != p.name {
+			continue
 		}
-	}
-	if c.only != "requests" {
-		if report.Admissions, err = measureAdmissions(ctx, c, dir, stderr); err != nil {
-			return nil, err
+		if err := p.measure(); err != nil {
+			return nil, fmt.Errorf("%s: %w", p.name, err)
 		}
 	}
 	return report, nil

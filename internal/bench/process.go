@@ -72,15 +72,16 @@ type stack struct {
 	ops     string // URL of the broker's operations port
 }
 
-// startStack starts the program twice, with its data in dir.
-func startStack(ctx context.Context, binary, dir string, stderr io.Writer) (*stack, error) {
+// startStack starts the program twice, with its data in dir. up are more flags of
+// `ownllm up`.
+func startStack(ctx context.Context, binary, dir string, stderr io.Writer, up ...string) (*stack, error) {
 	s := &stack{}
 	err := s.startBackend(ctx, binary, stderr)
 	if err == nil {
 		err = s.startProxy(ctx, dir, stderr)
 	}
 	if err == nil {
-		err = s.startBroker(ctx, binary, filepath.Join(dir, "data"), stderr)
+		err = s.startBroker(ctx, binary, filepath.Join(dir, "data"), stderr, up)
 	}
 	if err != nil {
 		s.close()
@@ -128,9 +129,12 @@ func startListening(ctx context.Context, stderr io.Writer, binary string, args .
 }
 
 // startBroker starts `ownllm up` in front of the backend, and waits until it serves.
-func (s *stack) startBroker(ctx context.Context, binary, data string, stderr io.Writer) (err error) {
-	s.broker, err = start(ctx, nil, stderr, binary, "up", "--data-dir", data, "--backend", "http://"+s.direct.addr,
-		"--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--nats-listen", "127.0.0.1:0", "--log-level", "warn")
+func (s *stack) startBroker(ctx context.Context, binary, data string, stderr io.Writer, flags []string) (err error) {
+	flags = append([]string{
+		"up", "--data-dir", data, "--backend", "http://" + s.direct.addr,
+		"--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--nats-listen", "127.0.0.1:0", "--log-level", "warn",
+	}, flags...)
+	s.broker, err = start(ctx, nil, stderr, binary, flags...)
 	if err != nil {
 		return err
 	}

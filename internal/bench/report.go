@@ -38,6 +38,8 @@ type Report struct {
 	Load      string     `json:"load_average"` // of the last minute, at the start
 	Duration  string     `json:"duration"`
 	Workloads []Measured `json:"workloads,omitempty"`
+	// Streams is what many streams at once come to.
+	Streams *Streams `json:"streams,omitempty"`
 	// Admissions is what the books can take.
 	Admissions *Admissions `json:"admissions,omitempty"`
 }
@@ -118,6 +120,9 @@ func (r *Report) writeText(w io.Writer) error {
 	fmt.Fprintf(out, "commit   %s\n", r.Commit)
 	if len(r.Workloads) > 0 {
 		r.writeRequests(out)
+	}
+	if r.Streams != nil {
+		r.Streams.writeText(out)
 	}
 	if r.Admissions != nil {
 		r.Admissions.writeText(out)
