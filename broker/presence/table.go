@@ -24,6 +24,7 @@ const StaleAfter = 3500 * time.Millisecond
 type Table struct {
 	mu      sync.Mutex
 	tenants map[schemas.TenantID]map[schemas.AgentID]*agent
+	shelves map[shelfKey]*shelf // none is empty
 	onGone  []func(Gone)
 }
 
@@ -46,15 +47,17 @@ type agent struct {
 	aside       time.Time // when it was last heard of over HTTPS; zero: not lately
 	hash        string
 	models      []schemas.Model
+	places      []*place // one for each model
 	running     int
 	waiting     int
 	slots       int
 	assigned    map[string]int // attempts that this process has under way, by model
+	underWay    int            // their sum
 }
 
 // NewTable returns an empty table.
 func NewTable() *Table {
-	return &Table{tenants: make(map[schemas.TenantID]map[schemas.AgentID]*agent)}
+	return &Table{tenants: make(map[schemas.TenantID]map[schemas.AgentID]*agent), shelves: make(map[shelfKey]*shelf)}
 }
 
 // OnGone registers a function that is called, without the table's lock, when a run of
@@ -80,7 +83,7 @@ func (t *Table) Restore(k Known) {
 		a.name = k.Name
 	}
 	if a.state == "" {
-		a.models = k.Inventory.Models
+		t.restock(a, k.Inventory.Models)
 		a.hash = ""
 		if k.LastSeen.After(a.lastSeen) {
 			a.lastSeen = k.LastSeen
@@ -92,7 +95,10 @@ func (t *Table) Restore(k Known) {
 func (t *Table) Forget(tenant schemas.TenantID, id schemas.AgentID) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.tenants[tenant], id)
+	if a := t.tenants[tenant][id]; a != nil {
+		t.restock(a, nil)
+		delete(t.tenants[tenant], id)
+	}
 }
 
 func (t *Table) agent(tenant schemas.TenantID, id schemas.AgentID) *agent {
@@ -125,6 +131,7 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 	if a.state != "" && a.incarnation != hb.Incarnation {
 		gone = append(gone, Gone{Agent: id, Incarnation: a.incarnation})
 	}
+	standing := a.standing()
 	before := a.state
 	if a.incarnation != hb.Incarnation {
 		before = ""
@@ -144,12 +151,16 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 			gone = append(gone, Gone{Agent: id, Incarnation: a.incarnation, Draining: true})
 		}
 		if hb.Inventory != nil {
-			a.models, a.hash = hb.Inventory.Models, hb.Hash
+			a.hash = hb.Hash
+			t.restock(a, hb.Inventory.Models)
 			if hb.Host != "" {
 				a.name = hb.Host
 			}
 		}
 		ask = a.hash != hb.Hash
+	}
+	if a.standing() != standing {
+		t.moved(a)
 	}
 	t.mu.Unlock()
 	t.tell(gone)
@@ -169,7 +180,8 @@ func (t *Table) ObserveAside(tenant schemas.TenantID, id schemas.AgentID, hb *sc
 		a.aside = time.Time{}
 	}
 	if a.state == "" && hb.Inventory != nil {
-		a.models, a.hash = hb.Inventory.Models, ""
+		a.hash = ""
+		t.restock(a, hb.Inventory.Models)
 	}
 }
 
@@ -197,6 +209,7 @@ func (t *Table) Lost(tenant schemas.TenantID, id schemas.AgentID, incarnation sc
 		return
 	}
 	a.state = ""
+	t.moved(a)
 	gone := []Gone{{Agent: id, Incarnation: a.incarnation}}
 	t.mu.Unlock()
 	t.tell(gone)
@@ -211,6 +224,7 @@ func (t *Table) Expire(now time.Time) {
 		for _, a := range agents {
 			if a.state != "" && now.Sub(a.lastSeen) > StaleAfter {
 				a.state = ""
+				t.moved(a)
 				gone = append(gone, Gone{Agent: a.id, Incarnation: a.incarnation})
 			}
 			if !a.aside.IsZero() && now.Sub(a.aside) > StaleAfter {
@@ -288,8 +302,8 @@ func (t *Table) Models(tenant schemas.TenantID) (models []schemas.Model, reachab
 			continue
 		}
 		reachable = true
-		for i := range a.models {
-			o := offer{a, &a.models[i]}
+		for _, p := range a.places {
+			o := offer{a, p.model}
 			if old, ok := best[o.model.ID]; !ok || o.before(old) {
 				best[o.model.ID] = o
 			}
@@ -309,16 +323,11 @@ func (t *Table) Models(tenant schemas.TenantID) (models []schemas.Model, reachab
 func (t *Table) Find(tenant schemas.TenantID, model string) (schemas.Model, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	var best offer
-	for _, a := range t.tenants[tenant] {
-		if o := (offer{a, a.find(model)}); o.model != nil && (best.model == nil || o.before(best)) {
-			best = o
-		}
-	}
-	if best.model == nil {
+	s := t.shelves[shelfKey{tenant, model}]
+	if s == nil {
 		return schemas.Model{}, false
 	}
-	return *best.model, true
+	return *s.find().model, true
 }
 
 // offer is a model as one agent has it.
@@ -337,15 +346,6 @@ func (o offer) before(p offer) bool {
 		return a < b
 	}
 	return o.agent.id < p.agent.id
-}
-
-func (a *agent) find(model string) *schemas.Model {
-	for i := range a.models {
-		if a.models[i].ID == model {
-			return &a.models[i]
-		}
-	}
-	return nil
 }
 
 func stateRank(s schemas.ModelState) int {

@@ -95,7 +95,8 @@ func measureStreams(ctx context.Context, c config, dir string, stderr io.Writer)
 		return nil, err
 	}
 	// More slots than streams, so that none of them waits for another one's end.
-	s, err := startStack(ctx, c.binary, filepath.Join(dir, "streams"), stderr, "--slots", strconv.Itoa(2*max(c.size.open, c.size.paced)))
+	room := strconv.Itoa(2 * max(c.size.open, c.size.paced))
+	s, err := startStack(ctx, c.binary, filepath.Join(dir, "streams"), stderr, "--slots", room, "--queue-bound", room)
 	if err != nil {
 		return nil, err
 	}
@@ -157,8 +158,11 @@ func (s *stack) pace(ctx context.Context, t target, n int, d time.Duration) (Gap
 	}, nil
 }
 
-// errHeld says that all streams were open, and that this was all that was asked for.
-var errHeld = errors.New("held for long enough")
+// Why streams that are held end.
+var (
+	errHeld = errors.New("held for long enough")
+	errLost = errors.New("some have ended")
+)
 
 // hold opens n slow streams, and returns by how much what serves the target has grown for
 // each, and what it had before. It ends them by leaving. With profile, a folder, what the
@@ -176,10 +180,10 @@ func (s *stack) hold(ctx context.Context, t target, n int, profile string) (each
 	config := streamConfig(t, openRate, 3600)
 	config.Levels, config.Open, config.Even = []load.Level{{From: openPerSecond, To: openPerSecond}}, true, true
 	config.Requests, config.MaxInFlight, config.Timeout = n, n, time.Hour
-	_, err = load.Run(holding, config, func(p load.Progress) {
+	report, err := load.Run(holding, config, func(p load.Progress) {
 		switch {
 		case p.Failed+p.Broken > 0 && t != s.bare:
-			end(fmt.Errorf("open %d streams at %s: %d failed, %d broke off", n, t.addr, p.Failed, p.Broken))
+			end(errLost)
 		case p.Point.InFlight+p.Failed+p.Broken < int64(n):
 		case full.IsZero():
 			full = time.Now()
@@ -195,6 +199,9 @@ func (s *stack) hold(ctx context.Context, t target, n int, profile string) (each
 	})
 	if err == nil {
 		err = context.Cause(holding)
+	}
+	if errors.Is(err, errLost) && len(report.Stages) > 0 {
+		err = fmt.Errorf("open %d streams at %s: %w: %v, not whole %v", n, t.addr, err, report.Stages[0].Failures, report.Stages[0].Breaches)
 	}
 	if !errors.Is(err, errHeld) {
 		return 0, 0, err
