@@ -123,6 +123,7 @@ func measure(ctx context.Context, c config, stderr io.Writer) (*Report, error) {
 		{"requests", func() error { report.Workloads, err = measureRequests(ctx, c, dir, stderr); return err }},
 		{"streams", func() error { report.Streams, err = measureStreams(ctx, c, dir, stderr); return err }},
 		{"admissions", func() error { report.Admissions, err = measureAdmissions(ctx, c, dir, stderr); return err }},
+		{"submissions", func() error { report.Submissions, err = measureSubmissions(ctx, c, dir, stderr); return err }},
 	} {
 		if c.only != "" && c.only != p.name {
 			continue
@@ -217,22 +218,27 @@ func (s *stack) profile(ctx context.Context, dir string) error {
 
 // save writes what an address answers into a file.
 func save(ctx context.Context, url, path string) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return err
-	}
-	transport := &http.Transport{DisableKeepAlives: true}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s answers with status %d", url, resp.StatusCode)
-	}
-	b, err := io.ReadAll(resp.Body)
+	b, err := get(ctx, url)
 	if err != nil {
 		return err
 	}
 	return os.WriteFile(path, b, 0o644)
+}
+
+// get returns what an address answers.
+func get(ctx context.Context, url string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	transport := &http.Transport{DisableKeepAlives: true}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s answers with status %d", url, resp.StatusCode)
+	}
+	return io.ReadAll(resp.Body)
 }

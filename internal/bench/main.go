@@ -72,15 +72,16 @@ type size struct {
 	open     int           // streams that are held open
 	paced    int           // streams at a reader's pace
 	pacedFor time.Duration // how long each side has them
+	waiting  string        // backlogs of durable requests, those of BenchmarkSubmission
 }
 
 var (
-	full  = size{open: 5_000, paced: 2_000, pacedFor: 10 * time.Second}
-	small = size{open: 100, paced: 50, pacedFor: 800 * time.Millisecond}
+	full  = size{open: 5_000, paced: 2_000, pacedFor: 10 * time.Second, waiting: "1|1000|100000"}
+	small = size{open: 100, paced: 50, pacedFor: 800 * time.Millisecond, waiting: "1|1000"}
 )
 
 // parts are what can be measured alone.
-var parts = []string{"requests", "streams", "admissions"}
+var parts = []string{"requests", "streams", "admissions", "submissions"}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

@@ -42,6 +42,8 @@ type Report struct {
 	Streams *Streams `json:"streams,omitempty"`
 	// Admissions is what the books can take.
 	Admissions *Admissions `json:"admissions,omitempty"`
+	// Submissions is what durable requests cost while others wait.
+	Submissions *Submissions `json:"submissions,omitempty"`
 }
 
 func newReport(c config) *Report {
@@ -126,6 +128,9 @@ func (r *Report) writeText(w io.Writer) error {
 	}
 	if r.Admissions != nil {
 		r.Admissions.writeText(out)
+	}
+	if r.Submissions != nil {
+		r.Submissions.writeText(out)
 	}
 	return out.Flush()
 }

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/ownllm/ownllm/internal/load"
+	"github.com/ownllm/ownllm/worker/demo"
 )
 
 // Streams is what was measured of many streams at once.
@@ -164,7 +165,7 @@ var (
 	errLost = errors.New("some have ended")
 )
 
-// hold opens n slow streams, and returns by how much what serves the target has grown for
+// hold opens n slow streams, waits until the backend runs them all, and returns by how much what serves the target has grown for
 // each, and what it had before. It ends them by leaving. With profile, a folder, what the
 // broker's heap holds at that time is saved there.
 func (s *stack) hold(ctx context.Context, t target, n int, profile string) (each, idle int64, err error) {
@@ -186,7 +187,11 @@ func (s *stack) hold(ctx context.Context, t target, n int, profile string) (each
 			end(errLost)
 		case p.Point.InFlight+p.Failed+p.Broken < int64(n):
 		case full.IsZero():
-			full = time.Now()
+			if active, err := s.active(ctx); err != nil {
+				end(err)
+			} else if active >= p.Point.InFlight {
+				full = time.Now()
+			}
 		case held == 0 && time.Since(full) >= openHold:
 			held, grown = p.Point.InFlight, resident(pid)-idle
 			if profile != "" {
@@ -207,6 +212,19 @@ func (s *stack) hold(ctx context.Context, t target, n int, profile string) (each
 		return 0, 0, err
 	}
 	return grown / max(held, 1), idle, nil
+}
+
+// active is how many requests the backend runs.
+func (s *stack) active(ctx context.Context) (int64, error) {
+	b, err := get(ctx, "http://"+s.direct.addr+"/demo/stats")
+	if err != nil {
+		return 0, err
+	}
+	var stats demo.Stats
+	if err := json.Unmarshal(b, &stats); err != nil {
+		return 0, fmt.Errorf("stats of the backend: %w", err)
+	}
+	return stats.Active, nil
 }
 
 func (s *stack) saveHeap(ctx context.Context, dir string) error {
