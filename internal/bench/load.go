@@ -61,6 +61,8 @@ const replyWait = 30 * time.Second
 type target struct {
 	addr string        // host:port
 	key  secret.String // empty for the backend
+	// keys stand in for key if there are any.
+	keys []secret.String
 }
 
 // load sends requests for a while, and says how that went. One that fails is an error, but
@@ -69,7 +71,7 @@ func (s *stack) load(ctx context.Context, t target, w workload, d time.Duration)
 	clients := float64(w.Clients)
 	before := s.spent(t)
 	report, err := load.Run(ctx, load.Config{
-		URL: &url.URL{Scheme: "http", Host: t.addr, Path: "/v1"}, Key: t.key, Model: "demo", Stream: w.Stream,
+		URL: &url.URL{Scheme: "http", Host: t.addr, Path: "/v1"}, Key: t.key, Keys: t.keys, Model: "demo", Stream: w.Stream,
 		Prompt: load.Fixed(2), Reply: load.Fixed(w.Tokens), Verify: true,
 		Levels: []load.Level{{From: clients, To: clients}}, Duration: d, Timeout: replyWait,
 	}, nil)
@@ -86,7 +88,7 @@ func (s *stack) load(ctx context.Context, t target, w workload, d time.Duration)
 		took = stage.Whole
 	}
 	n := stage.Requests
-	if took == nil || n.OK != n.Sent && t != s.bare {
+	if took == nil || n.OK != n.Sent && t.addr != s.bare.addr {
 		return Figure{}, fmt.Errorf("%s at %s: %+v, failures %+v, not whole %v", w, t.addr, n, stage.Failures, stage.Breaches)
 	}
 	each := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(n.OK) }
@@ -123,6 +125,7 @@ func measure(ctx context.Context, c config, stderr io.Writer) (*Report, error) {
 		{"requests", func() error { report.Workloads, err = measureRequests(ctx, c, dir, stderr); return err }},
 		{"streams", func() error { report.Streams, err = measureStreams(ctx, c, dir, stderr); return err }},
 		{"admissions", func() error { report.Admissions, err = measureAdmissions(ctx, c, dir, stderr); return err }},
+		{"scale", func() error { report.Scale, err = measureScale(ctx, c, dir, stderr); return err }},
 		{"submissions", func() error { report.Submissions, err = measureSubmissions(ctx, c, dir, stderr); return err }},
 	} {
 		if c.only != "" && c.only != p.name {

@@ -62,6 +62,7 @@ type config struct {
 	only     string        // one of parts or, for all, ""
 	size     size
 	proxy    string // where to, if this is to be a proxy and nothing else
+	fleet    bool   // this is to be a fleet of agents and nothing else
 	binary   string
 	profile  string
 	json     bool
@@ -73,15 +74,22 @@ type size struct {
 	paced    int           // streams at a reader's pace
 	pacedFor time.Duration // how long each side has them
 	waiting  string        // backlogs of durable requests, those of BenchmarkSubmission
+	estates  []estate
 }
 
 var (
-	full  = size{open: 5_000, paced: 2_000, pacedFor: 10 * time.Second, waiting: "1|1000|100000"}
-	small = size{open: 100, paced: 50, pacedFor: 800 * time.Millisecond, waiting: "1|1000"}
+	full = size{
+		open: 5_000, paced: 2_000, pacedFor: 10 * time.Second, waiting: "1|1000|100000",
+		estates: []estate{{10, 10, 10}, {10, 10, 1_000}, {10_000, 10_000, 10}, {10_000, 10_000, 1_000}},
+	}
+	small = size{
+		open: 100, paced: 50, pacedFor: 800 * time.Millisecond, waiting: "1|1000",
+		estates: []estate{{2, 2, 2}, {20, 20, 10}},
+	}
 )
 
 // parts are what can be measured alone.
-var parts = []string{"requests", "streams", "admissions", "submissions"}
+var parts = []string{"requests", "streams", "scale", "admissions", "submissions"}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -113,6 +121,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.BoolVar(&quick, "quick", false, "one round of 300 ms, to see that it works")
 	flags.StringVar(&c.only, "only", "", "measure `part` alone: "+strings.Join(parts, ", "))
 	flags.StringVar(&c.proxy, "proxy", "", "measure nothing: be the bare proxy in front of this `URL`")
+	flags.BoolVar(&c.fleet, "fleet", false, "measure nothing: be the agents that standard input describes")
 	flags.StringVar(&c.binary, "binary", "", "the ownllm that takes the requests; without it, it is built; admissions are always of this checkout")
 	flags.StringVar(&c.profile, "profile", "", "folder for CPU and allocation profiles of the broker process")
 	flags.BoolVar(&c.json, "json", false, "print JSON, for programs")
@@ -133,6 +142,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	if c.proxy != "" {
 		if err := serveProxy(ctx, c.proxy, stdout); err != nil {
+			fmt.Fprintf(stderr, "bench: %v\n", err)
+			return 1
+		}
+		return 0
+	}
+	if c.fleet {
+		if err := serveFleet(ctx, os.Stdin, stderr); err != nil {
 			fmt.Fprintf(stderr, "bench: %v\n", err)
 			return 1
 		}

@@ -34,9 +34,14 @@ type process struct {
 
 // start runs the program until stop is called or ctx ends. Its log goes to stderr.
 func start(ctx context.Context, stdout, stderr io.Writer, binary string, args ...string) (*process, error) {
+	return startWith(ctx, nil, stdout, stderr, binary, args...)
+}
+
+// startWith is start for a program that reads stdin.
+func startWith(ctx context.Context, stdin io.Reader, stdout, stderr io.Writer, binary string, args ...string) (*process, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	cmd := exec.CommandContext(ctx, binary, args...)
-	cmd.Stdout, cmd.Stderr = stdout, stderr
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, stdout, stderr
 	// In a group of its own, so that an interrupt at the terminal comes once, from us.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
@@ -70,6 +75,8 @@ type stack struct {
 	bare    target
 	through target
 	ops     string // URL of the broker's operations port
+	ready   adminapi.Ready
+	self    string // path of this program, built anew
 }
 
 // startStack starts the program twice, with its data in dir. up are more flags of
@@ -97,11 +104,11 @@ func (s *stack) startBackend(ctx context.Context, binary string, stderr io.Write
 
 // startProxy starts this program another time, as a proxy.
 func (s *stack) startProxy(ctx context.Context, dir string, stderr io.Writer) error {
-	binary, err := build(ctx, dir, module+"/internal/bench", "build")
-	if err != nil {
+	var err error
+	if s.self, err = build(ctx, dir, module+"/internal/bench", "build"); err != nil {
 		return err
 	}
-	s.proxy, s.bare.addr, err = startListening(ctx, stderr, binary, "-proxy", "http://"+s.direct.addr)
+	s.proxy, s.bare.addr, err = startListening(ctx, stderr, s.self, "-proxy", "http://"+s.direct.addr)
 	return err
 }
 
@@ -160,7 +167,7 @@ func (s *stack) startBroker(ctx context.Context, binary, data string, stderr io.
 			return err
 		}
 		addr := strings.TrimSuffix(strings.TrimPrefix(ready.BaseURL, "http://"), "/v1")
-		s.through, s.ops = target{addr: addr, key: secret.String(ready.APIKey)}, ready.OpsURL
+		s.through, s.ops, s.ready = target{addr: addr, key: secret.String(ready.APIKey)}, ready.OpsURL, ready
 		return setLimits(ctx, ready)
 	}
 }
@@ -230,10 +237,10 @@ func (a spent) minus(b spent) spent {
 // they are 0.
 func (s *stack) spent(t target) spent {
 	used := spent{backend: readStat(s.backend.pid()).own, client: readStat(os.Getpid()).own}
-	switch t {
-	case s.direct:
+	switch t.addr {
+	case s.direct.addr:
 		return used
-	case s.bare:
+	case s.bare.addr:
 		used.broker = readStat(s.proxy.pid()).own
 		return used
 	}

@@ -40,6 +40,8 @@ type Report struct {
 	Workloads []Measured `json:"workloads,omitempty"`
 	// Streams is what many streams at once come to.
 	Streams *Streams `json:"streams,omitempty"`
+	// Scale is what a request costs among few and among many.
+	Scale []Scaled `json:"scale,omitempty"`
 	// Admissions is what the books can take.
 	Admissions *Admissions `json:"admissions,omitempty"`
 	// Submissions is what durable requests cost while others wait.
@@ -125,6 +127,9 @@ func (r *Report) writeText(w io.Writer) error {
 	}
 	if r.Streams != nil {
 		r.Streams.writeText(out)
+	}
+	if len(r.Scale) > 0 {
+		writeScale(out, r.Scale)
 	}
 	if r.Admissions != nil {
 		r.Admissions.writeText(out)

@@ -150,7 +150,7 @@ func (s *stack) pace(ctx context.Context, t target, n int, d time.Duration) (Gap
 	used, took := s.spent(t).minus(before), time.Since(start)
 	stage := report.Stages[0]
 	sent := stage.Requests
-	if stage.InterToken == nil || sent.OK != sent.Sent && t != s.bare {
+	if stage.InterToken == nil || sent.OK != sent.Sent && t.addr != s.bare.addr {
 		return Gap{}, fmt.Errorf("%d streams at %s: %+v, failures %+v, not whole %v", n, t.addr, sent, stage.Failures, stage.Breaches)
 	}
 	return Gap{
@@ -170,7 +170,7 @@ var (
 // broker's heap holds at that time is saved there.
 func (s *stack) hold(ctx context.Context, t target, n int, profile string) (each, idle int64, err error) {
 	pid := s.proxy.pid()
-	if t == s.through {
+	if t.addr == s.through.addr {
 		pid = s.broker.pid()
 	}
 	idle = resident(pid)
@@ -183,7 +183,7 @@ func (s *stack) hold(ctx context.Context, t target, n int, profile string) (each
 	config.Requests, config.MaxInFlight, config.Timeout = n, n, time.Hour
 	report, err := load.Run(holding, config, func(p load.Progress) {
 		switch {
-		case p.Failed+p.Broken > 0 && t != s.bare:
+		case p.Failed+p.Broken > 0 && t.addr != s.bare.addr:
 			end(errLost)
 		case p.Point.InFlight+p.Failed+p.Broken < int64(n):
 		case full.IsZero():
@@ -231,10 +231,12 @@ func (s *stack) saveHeap(ctx context.Context, dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	if err := save(ctx, s.ops+"/debug/pprof/heap", filepath.Join(dir, "open.heap")); err != nil {
-		return err
+	for name, of := range map[string]string{"open.heap": "heap", "open.goroutine": "goroutine", "open.memstats": "heap?debug=1"} {
+		if err := save(ctx, s.ops+"/debug/pprof/"+of, filepath.Join(dir, name)); err != nil {
+			return err
+		}
 	}
-	return save(ctx, s.ops+"/debug/pprof/goroutine", filepath.Join(dir, "open.goroutine"))
+	return nil
 }
 
 // streamConfig asks for streams at a pace, whose tokens are checked.
