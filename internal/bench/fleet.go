@@ -65,7 +65,7 @@ func serveFleet(ctx context.Context, stdin io.Reader, stderr io.Writer) error {
 // board connects the worker of an agent.
 func (f *Fleet) board(a Enlisted, log *slog.Logger) (w *worker.Worker, leave func(), err error) {
 	incarnation := schemas.NewIncarnation()
-	address := bus.Config{URL: f.NATS, Password: a.Credential, InboxPrefix: schemas.AgentInboxPrefix(a.Agent)}
+	address := bus.Config{URL: f.NATS, Password: a.Credential, InboxPrefix: schemas.AgentInboxPrefix(a.Agent), Patient: true}
 	tokens, err := bus.Connect(address.As(string(a.Agent), schemas.ConnectionName(a.Tenant, incarnation)), log)
 	if err != nil {
 		return nil, nil, err

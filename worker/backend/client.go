@@ -26,6 +26,8 @@ func newTransport() *http.Transport {
 		MaxIdleConnsPerHost: 1024,
 		IdleConnTimeout:     60 * time.Second,
 		DisableCompression:  true, // a compressed stream is a delayed stream
+		// Each open stream has one, and has long sent its request.
+		WriteBufferSize: 2 << 10,
 	}
 }
 
