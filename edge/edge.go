@@ -108,8 +108,9 @@ const (
 	readTimeout = 90 * time.Second
 	// idleTimeout is how long a connection may wait for its next request.
 	idleTimeout = 2 * time.Minute
-	// headerLimit bounds the request line and headers, in bytes.
-	headerLimit = 16 << 10
+	// headerLimit bounds the request line and headers, in bytes. Each connection that is open
+	// has a buffer of that size.
+	headerLimit = 8 << 10
 )
 
 // New returns an edge that isn't listening yet.

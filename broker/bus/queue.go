@@ -215,11 +215,13 @@ const maxDeliver = 5
 func (q *Queue) EnsureConsumer(ctx context.Context, tenant schemas.TenantID, agent schemas.AgentID, model string) (string, error) {
 	name := ConsumerName(agent, model)
 	_, err := q.js.CreateOrUpdateConsumer(ctx, schemas.JobStream, jetstream.ConsumerConfig{
-		Durable:           name,
-		FilterSubject:     schemas.JobSubject(tenant, agent, model),
-		AckPolicy:         jetstream.AckExplicitPolicy,
-		AckWait:           AckWait,
-		MaxDeliver:        maxDeliver,
+		Durable:       name,
+		FilterSubject: schemas.JobSubject(tenant, agent, model),
+		AckPolicy:     jetstream.AckExplicitPolicy,
+		AckWait:       AckWait,
+		MaxDeliver:    maxDeliver,
+		// The stream bounds the jobs of a model already; the server's own bound is 1000.
+		MaxAckPending:     -1,
 		InactiveThreshold: consumerIdle,
 		MemoryStorage:     true,
 	})

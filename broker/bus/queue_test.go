@@ -218,3 +218,33 @@ func TestConnectErrorHidesThePassword(t *testing.T) {
 		t.Fatalf("the error shows the password: %v", err)
 	}
 }
+
+// An agent may run as many jobs at once as the queue takes: a server's own bound on messages
+// that aren't acknowledged, 1000, isn't ours.
+func TestManyJobsRunAtOnce(t *testing.T) {
+	const jobs = 1100
+	nc, q := natstest.Start(t).Queue(jobs)
+	name, err := q.EnsureConsumer(t.Context(), tenant, agentA, model)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inbox := nc.NewInbox()
+	sub, err := nc.SubscribeSync(inbox)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range jobs {
+		if _, err := q.Publish(t.Context(), agentA, job(fmt.Sprint("req_", i), 1), "{}", nats.Header{}); err != nil {
+			t.Fatalf("job %d: %v", i, err)
+		}
+	}
+	request := fmt.Sprintf(`{"batch":%d,"expires":%d}`, jobs, 20*time.Second)
+	if err := nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+schemas.JobStream+"."+name, inbox, []byte(request)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range jobs {
+		if m, err := sub.NextMsg(25 * time.Second); err != nil || len(m.Data) == 0 {
+			t.Fatalf("job %d wasn't delivered: %v, %v", i, m, err)
+		}
+	}
+}

@@ -30,7 +30,7 @@ func TestTableAgainstModel(t *testing.T) {
 
 var (
 	someTenants = rapid.SampledFrom([]schemas.TenantID{tenant, other})
-	someAgents  = rapid.SampledFrom([]schemas.AgentID{"a", "b", "c"})
+	someAgents  = rapid.SampledFrom([]schemas.AgentID{"a", "b", "c", "d", "e", "f", "g"})
 	someModels  = rapid.SampledFrom([]string{"m", "n"})
 	someRuns    = rapid.SampledFrom([]schemas.Incarnation{"inc_1", "inc_2", "inc_3"})
 	someHashes  = rapid.SampledFrom([]string{"h1", "h2"})
@@ -38,7 +38,7 @@ var (
 	someLoads   = rapid.IntRange(0, 4)
 	someStocks  = rapid.Custom(func(t *rapid.T) *schemas.Inventory {
 		inv := &schemas.Inventory{}
-		for _, id := range rapid.SliceOfDistinct(someModels, rapid.ID).Draw(t, "models") {
+		for _, id := range rapid.SliceOfN(someModels, 0, 3).Draw(t, "models") { // one may be there twice
 			state := rapid.SampledFrom([]schemas.ModelState{schemas.ModelReady, schemas.ModelCold, schemas.ModelLoading, schemas.ModelFailed}).Draw(t, "state")
 			inv.Models = append(inv.Models, schemas.Model{ID: id, State: state, Slots: rapid.Int().Draw(t, "distinguishes")})
 		}
@@ -336,6 +336,7 @@ func (m *machine) Check(t *rapid.T) {
 	if diff := gocmp.Diff(want, m.table.Agents(""), cmpopts.EquateEmpty()); diff != "" {
 		t.Fatalf("agents (-want +got):\n%s", diff)
 	}
+	m.checkShelves(t)
 	for _, tenant := range []schemas.TenantID{tenant, other} {
 		m.checkTenant(t, tenant)
 	}
@@ -389,6 +390,7 @@ func (m *machine) checkTenant(t *rapid.T, tenant schemas.TenantID) {
 		} else {
 			found = best(id, false)
 		}
+		m.checkCapacity(t, tenant, id)
 		got, ok := m.table.Find(tenant, id)
 		if ok != (found != nil) || ok && got != *found {
 			t.Fatalf("Find(%s, %s) is %+v, %v, want %+v", tenant, id, got, ok, found)
@@ -397,5 +399,39 @@ func (m *machine) checkTenant(t *rapid.T, tenant schemas.TenantID) {
 	models, reachable := m.table.Models(tenant)
 	if diff := gocmp.Diff(wantModels, models, cmpopts.EquateEmpty()); diff != "" || reachable != wantReachable {
 		t.Fatalf("models of %s, reachable %v, want %v (-want +got):\n%s", tenant, reachable, wantReachable, diff)
+	}
+}
+
+func (m *machine) checkCapacity(t *rapid.T, tenant schemas.TenantID, model string) {
+	wantSlots, wantAssigned := 0, 0
+	for _, a := range m.agents {
+		have := a.model(model)
+		if a.tenant != tenant || a.state != schemas.AgentUp || have == nil || have.State == schemas.ModelFailed {
+			continue
+		}
+		wantSlots += max(a.load.slots, 1)
+		for _, n := range a.given {
+			wantAssigned += n
+		}
+	}
+	if slots, assigned := m.table.Capacity(tenant, model); slots != wantSlots || assigned != wantAssigned {
+		t.Fatalf("Capacity(%s, %s) is %d, %d, want %d, %d", tenant, model, slots, assigned, wantSlots, wantAssigned)
+	}
+}
+
+// checkShelves compares the order in which requests go to agents with one that is made anew.
+func (m *machine) checkShelves(t *rapid.T) {
+	for key, s := range m.table.shelves {
+		if len(s.places) == 0 {
+			t.Fatalf("the shelf %v is empty", key)
+		}
+		for i, p := range s.places {
+			if p.index != i || p.shelf != s {
+				t.Fatalf("the place of %s on %v is %d, and says %d", p.agent.id, key, i, p.index)
+			}
+			if i > 0 && p.before(s.places[(i-1)/2]) {
+				t.Fatalf("on %v, %s is before %s", key, p.agent.id, s.places[(i-1)/2].agent.id)
+			}
+		}
 	}
 }

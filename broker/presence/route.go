@@ -2,6 +2,7 @@ package presence
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/ownllm/ownllm/schemas"
@@ -28,38 +29,30 @@ type Choice struct {
 func (t *Table) Route(tenant schemas.TenantID, model string, exclude map[schemas.AgentID]bool) (Choice, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	var best *agent
-	var bestModel *schemas.Model
+	s := t.shelves[shelfKey{tenant, model}]
+	if s == nil {
+		return Choice{}, NotFound(model)
+	}
+	if p := s.pick(0, exclude); p != nil {
+		p.agent.assigned[model]++
+		p.agent.underWay++
+		t.moved(p.agent)
+		return Choice{p.agent.id, p.agent.incarnation, *p.model}, nil
+	}
 	var failed *schemas.Model
-	known, draining, aside := false, false, false
-	for _, a := range t.tenants[tenant] {
-		m := a.find(model)
-		if m == nil {
-			continue
-		}
-		known = true
+	draining, aside := false, false
+	for _, p := range s.places {
+		a := p.agent
 		aside = aside || a.state == "" && !a.aside.IsZero()
-		if exclude[a.id] || a.state == "" {
-			continue
-		}
-		if a.state == schemas.AgentDraining {
+		switch {
+		case exclude[a.id] || a.state == "":
+		case a.state == schemas.AgentDraining:
 			draining = true
-			continue
-		}
-		if m.State == schemas.ModelFailed {
-			failed = m
-			continue
-		}
-		if best == nil || better(a, m, best, bestModel) {
-			best, bestModel = a, m
+		case p.model.State == schemas.ModelFailed:
+			failed = p.model
 		}
 	}
 	switch {
-	case best != nil:
-		best.assigned[model]++
-		return Choice{best.id, best.incarnation, *bestModel}, nil
-	case !known:
-		return Choice{}, NotFound(model)
 	case failed != nil:
 		return Choice{}, failedError(failed)
 	case draining:
@@ -74,13 +67,17 @@ func (t *Table) Route(tenant schemas.TenantID, model string, exclude map[schemas
 func (t *Table) Away(tenant schemas.TenantID, model string) *schemas.Error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	aside := false
+	aside := func(a *agent) bool { return a.state == "" && !a.aside.IsZero() }
+	if model != "" {
+		s := t.shelves[shelfKey{tenant, model}]
+		return away(model, s != nil && slices.ContainsFunc(s.places, func(p *place) bool { return aside(p.agent) }))
+	}
 	for _, a := range t.tenants[tenant] {
-		if model == "" || a.find(model) != nil {
-			aside = aside || a.state == "" && !a.aside.IsZero()
+		if aside(a) {
+			return away("", true)
 		}
 	}
-	return away(model, aside)
+	return away("", false)
 }
 
 // NotFound is the error for a model that no agent of the tenant has.
@@ -131,24 +128,31 @@ func better(a *agent, m *schemas.Model, b *agent, n *schemas.Model) bool {
 // load is how full the agent is, 1 meaning that all its slots are taken. The last
 // heartbeat can be a second old, so what this process itself has sent counts at least.
 func (a *agent) load() float64 {
-	assigned := 0
-	for _, n := range a.assigned {
-		assigned += n
-	}
-	return float64(max(a.running+a.waiting, assigned)) / float64(max(a.slots, 1))
+	return float64(max(a.running+a.waiting, a.underWay)) / float64(max(a.slots, 1))
 }
+
+// standing is what decides about an agent's places on its shelves.
+type standing struct {
+	state schemas.AgentState
+	load  float64
+	slots int
+}
+
+func (a *agent) standing() standing { return standing{a.state, a.load(), a.slots} }
 
 // Release takes back one Choice.
 func (t *Table) Release(tenant schemas.TenantID, id schemas.AgentID, model string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	a := t.tenants[tenant][id]
-	if a == nil {
+	if a == nil || a.assigned[model] == 0 {
 		return
 	}
-	if a.assigned[model]--; a.assigned[model] <= 0 {
+	if a.assigned[model]--; a.assigned[model] == 0 {
 		delete(a.assigned, model)
 	}
+	a.underWay--
+	t.moved(a)
 }
 
 // Capacity says how many requests the agents that can run the model now run at once, over
@@ -157,15 +161,9 @@ func (t *Table) Release(tenant schemas.TenantID, id schemas.AgentID, model strin
 func (t *Table) Capacity(tenant schemas.TenantID, model string) (slots, assigned int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, a := range t.tenants[tenant] {
-		m := a.find(model)
-		if m == nil || a.state != schemas.AgentUp || m.State == schemas.ModelFailed {
-			continue
-		}
-		slots += max(a.slots, 1)
-		for _, n := range a.assigned {
-			assigned += n
-		}
+	s := t.shelves[shelfKey{tenant, model}]
+	if s == nil {
+		return 0, 0
 	}
-	return slots, assigned
+	return s.slots, s.assigned
 }

@@ -24,6 +24,7 @@ const StaleAfter = 3500 * time.Millisecond
 type Table struct {
 	mu      sync.Mutex
 	tenants map[schemas.TenantID]map[schemas.AgentID]*agent
+	shelves map[shelfKey]*shelf // none is empty
 	onGone  []func(Gone)
 }
 
@@ -46,16 +47,18 @@ type agent struct {
 	aside       time.Time // when it was last heard of over HTTPS; zero: not lately
 	hash        string
 	models      []schemas.Model
-	partial     bool // the inventory was, and models may stand for what isn't known yet
+	partial     bool     // the inventory was, and models may stand for what isn't known yet
+	places      []*place // one for each model
 	running     int
 	waiting     int
 	slots       int
 	assigned    map[string]int // attempts that this process has under way, by model
+	underWay    int            // their sum
 }
 
 // NewTable returns an empty table.
 func NewTable() *Table {
-	return &Table{tenants: make(map[schemas.TenantID]map[schemas.AgentID]*agent)}
+	return &Table{tenants: make(map[schemas.TenantID]map[schemas.AgentID]*agent), shelves: make(map[shelfKey]*shelf)}
 }
 
 // OnGone registers a function that is called, without the table's lock, when a run of
@@ -83,25 +86,30 @@ func (t *Table) Restore(k Known) {
 	}
 	switch {
 	case a.state == "":
-		a.models, a.partial, a.hash = k.Inventory.Models, k.Inventory.Partial, ""
+		t.restock(a, k.Inventory.Models)
+		a.partial, a.hash = k.Inventory.Partial, ""
 		if k.LastSeen.After(a.lastSeen) {
 			a.lastSeen = k.LastSeen
 		}
 	case a.partial:
-		a.models = schemas.Inventory{Models: a.models, Partial: true}.Keep(k.Inventory.Models).Models
+		t.restock(a, schemas.Inventory{Models: a.models, Partial: true}.Keep(k.Inventory.Models).Models)
 	}
 }
 
 // take takes in what the agent says that it has.
-func (a *agent) take(inv *schemas.Inventory, hash string) {
-	a.models, a.partial, a.hash = inv.Keep(a.models).Models, inv.Partial, hash
+func (t *Table) take(a *agent, inv *schemas.Inventory, hash string) {
+	t.restock(a, inv.Keep(a.models).Models)
+	a.partial, a.hash = inv.Partial, hash
 }
 
 // Forget removes an agent for good.
 func (t *Table) Forget(tenant schemas.TenantID, id schemas.AgentID) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.tenants[tenant], id)
+	if a := t.tenants[tenant][id]; a != nil {
+		t.restock(a, nil)
+		delete(t.tenants[tenant], id)
+	}
 }
 
 func (t *Table) agent(tenant schemas.TenantID, id schemas.AgentID) *agent {
@@ -134,6 +142,7 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 	if a.state != "" && a.incarnation != hb.Incarnation {
 		gone = append(gone, Gone{Agent: id, Incarnation: a.incarnation})
 	}
+	standing := a.standing()
 	before := a.state
 	if a.incarnation != hb.Incarnation {
 		before = ""
@@ -153,12 +162,15 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 			gone = append(gone, Gone{Agent: id, Incarnation: a.incarnation, Draining: true})
 		}
 		if hb.Inventory != nil {
-			a.take(hb.Inventory, hb.Hash)
+			t.take(a, hb.Inventory, hb.Hash)
 			if hb.Host != "" {
 				a.name = hb.Host
 			}
 		}
 		ask = a.hash != hb.Hash
+	}
+	if a.standing() != standing {
+		t.moved(a)
 	}
 	t.mu.Unlock()
 	t.tell(gone)
@@ -178,7 +190,7 @@ func (t *Table) ObserveAside(tenant schemas.TenantID, id schemas.AgentID, hb *sc
 		a.aside = time.Time{}
 	}
 	if a.state == "" && hb.Inventory != nil {
-		a.take(hb.Inventory, "")
+		t.take(a, hb.Inventory, "")
 	}
 }
 
@@ -206,6 +218,7 @@ func (t *Table) Lost(tenant schemas.TenantID, id schemas.AgentID, incarnation sc
 		return
 	}
 	a.state = ""
+	t.moved(a)
 	gone := []Gone{{Agent: id, Incarnation: a.incarnation}}
 	t.mu.Unlock()
 	t.tell(gone)
@@ -220,6 +233,7 @@ func (t *Table) Expire(now time.Time) {
 		for _, a := range agents {
 			if a.state != "" && now.Sub(a.lastSeen) > StaleAfter {
 				a.state = ""
+				t.moved(a)
 				gone = append(gone, Gone{Agent: a.id, Incarnation: a.incarnation})
 			}
 			if !a.aside.IsZero() && now.Sub(a.aside) > StaleAfter {
@@ -297,8 +311,8 @@ func (t *Table) Models(tenant schemas.TenantID) (models []schemas.Model, reachab
 			continue
 		}
 		reachable = true
-		for i := range a.models {
-			o := offer{a, &a.models[i]}
+		for _, p := range a.places {
+			o := offer{a, p.model}
 			if old, ok := best[o.model.ID]; !ok || o.before(old) {
 				best[o.model.ID] = o
 			}
@@ -318,16 +332,11 @@ func (t *Table) Models(tenant schemas.TenantID) (models []schemas.Model, reachab
 func (t *Table) Find(tenant schemas.TenantID, model string) (schemas.Model, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	var best offer
-	for _, a := range t.tenants[tenant] {
-		if o := (offer{a, a.find(model)}); o.model != nil && (best.model == nil || o.before(best)) {
-			best = o
-		}
-	}
-	if best.model == nil {
+	s := t.shelves[shelfKey{tenant, model}]
+	if s == nil {
 		return schemas.Model{}, false
 	}
-	return *best.model, true
+	return *s.find().model, true
 }
 
 // offer is a model as one agent has it.
@@ -346,15 +355,6 @@ func (o offer) before(p offer) bool {
 		return a < b
 	}
 	return o.agent.id < p.agent.id
-}
-
-func (a *agent) find(model string) *schemas.Model {
-	for i := range a.models {
-		if a.models[i].ID == model {
-			return &a.models[i]
-		}
-	}
-	return nil
 }
 
 func stateRank(s schemas.ModelState) int {

@@ -73,7 +73,7 @@ type Admissions struct {
 // measureAdmissions has the benchmark of the books run once for each round, each time on
 // a fresh database in dir.
 func measureAdmissions(ctx context.Context, c config, dir string, stderr io.Writer) (*Admissions, error) {
-	binary, err := build(ctx, dir, module+"/broker/books", "test", "-c")
+	binary, err := buildBooks(ctx, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -81,16 +81,9 @@ func measureAdmissions(ctx context.Context, c config, dir string, stderr io.Writ
 	duration := c.duration / 4
 	report := &Admissions{Duration: duration.String()}
 	for round := range c.rounds {
-		cmd := exec.CommandContext(ctx, binary, "-test.run=^$", "-test.bench=^BenchmarkAdmission$", "-test.benchtime="+duration.String())
-		cmd.Env = append(os.Environ(), "TMPDIR="+dir) // so that nothing is left if it is killed
-		cmd.Stderr = stderr
-		cmd.WaitDelay = time.Second
-		out, err := cmd.Output()
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
+		out, err := runBenchmark(ctx, binary, dir, "^BenchmarkAdmission$", duration, stderr)
 		if err != nil {
-			return nil, fmt.Errorf("benchmark of the books: %w\n%s", err, out)
+			return nil, err
 		}
 		if err := report.add(round, out); err != nil {
 			return nil, fmt.Errorf("benchmark of the books: %w\n%s", err, out)
@@ -98,6 +91,27 @@ func measureAdmissions(ctx context.Context, c config, dir string, stderr io.Writ
 		fmt.Fprintf(stderr, "admissions: round %d of %d\n", round+1, c.rounds)
 	}
 	return report, nil
+}
+
+// buildBooks builds the tests of the books, with their benchmarks.
+func buildBooks(ctx context.Context, dir string) (binary string, err error) {
+	return build(ctx, dir, module+"/broker/books", "test", "-c")
+}
+
+// runBenchmark has a benchmark of the books run, and returns what it prints.
+func runBenchmark(ctx context.Context, binary, dir, pattern string, duration time.Duration, stderr io.Writer) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, binary, "-test.run=^$", "-test.bench="+pattern, "-test.benchtime="+duration.String())
+	cmd.Env = append(os.Environ(), "TMPDIR="+dir) // so that nothing is left if it is killed
+	cmd.Stderr = stderr
+	cmd.WaitDelay = time.Second
+	out, err := cmd.Output()
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("benchmark of the books: %w\n%s", err, out)
+	}
+	return out, nil
 }
 
 // add adds a round: what the benchmark has printed.

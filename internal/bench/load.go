@@ -61,6 +61,8 @@ const replyWait = 30 * time.Second
 type target struct {
 	addr string        // host:port
 	key  secret.String // empty for the backend
+	// keys stand in for key if there are any.
+	keys []secret.String
 }
 
 // load sends requests for a while, and says how that went. One that fails is an error, but
@@ -69,7 +71,7 @@ func (s *stack) load(ctx context.Context, t target, w workload, d time.Duration)
 	clients := float64(w.Clients)
 	before := s.spent(t)
 	report, err := load.Run(ctx, load.Config{
-		URL: &url.URL{Scheme: "http", Host: t.addr, Path: "/v1"}, Key: t.key, Model: "demo", Stream: w.Stream,
+		URL: &url.URL{Scheme: "http", Host: t.addr, Path: "/v1"}, Key: t.key, Keys: t.keys, Model: "demo", Stream: w.Stream,
 		Prompt: load.Fixed(2), Reply: load.Fixed(w.Tokens), Verify: true,
 		Levels: []load.Level{{From: clients, To: clients}}, Duration: d, Timeout: replyWait,
 	}, nil)
@@ -86,7 +88,7 @@ func (s *stack) load(ctx context.Context, t target, w workload, d time.Duration)
 		took = stage.Whole
 	}
 	n := stage.Requests
-	if took == nil || n.OK != n.Sent && t != s.bare {
+	if took == nil || n.OK != n.Sent && t.addr != s.bare.addr {
 		return Figure{}, fmt.Errorf("%s at %s: %+v, failures %+v, not whole %v", w, t.addr, n, stage.Failures, stage.Breaches)
 	}
 	each := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(n.OK) }
@@ -116,14 +118,21 @@ func measure(ctx context.Context, c config, stderr io.Writer) (*Report, error) {
 	}
 	report := newReport(c)
 	report.Commit = commit(ctx, c.binary)
-	if c.only != "admissions" {
-		if report.Workloads, err = measureRequests(ctx, c, dir, stderr); err != nil {
-			return nil, err
+	for _, p := range []struct {
+		name    string
+		measure func() error
+	}{
+		{"requests", func() error { report.Workloads, err = measureRequests(ctx, c, dir, stderr); return err }},
+		{"streams", func() error { report.Streams, err = measureStreams(ctx, c, dir, stderr); return err }},
+		{"admissions", func() error { report.Admissions, err = measureAdmissions(ctx, c, dir, stderr); return err }},
+		{"scale", func() error { report.Scale, err = measureScale(ctx, c, dir, stderr); return err }},
+		{"submissions", func() error { report.Submissions, err = measureSubmissions(ctx, c, dir, stderr); return err }},
+	} {
+		if c.only != "" && c.only != p.name {
+			continue
 		}
-	}
-	if c.only != "requests" {
-		if report.Admissions, err = measureAdmissions(ctx, c, dir, stderr); err != nil {
-			return nil, err
+		if err := p.measure(); err != nil {
+			return nil, fmt.Errorf("%s: %w", p.name, err)
 		}
 	}
 	return report, nil
@@ -212,22 +221,27 @@ func (s *stack) profile(ctx context.Context, dir string) error {
 
 // save writes what an address answers into a file.
 func save(ctx context.Context, url, path string) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return err
-	}
-	transport := &http.Transport{DisableKeepAlives: true}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s answers with status %d", url, resp.StatusCode)
-	}
-	b, err := io.ReadAll(resp.Body)
+	b, err := get(ctx, url)
 	if err != nil {
 		return err
 	}
 	return os.WriteFile(path, b, 0o644)
+}
+
+// get returns what an address answers.
+func get(ctx context.Context, url string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	transport := &http.Transport{DisableKeepAlives: true}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s answers with status %d", url, resp.StatusCode)
+	}
+	return io.ReadAll(resp.Body)
 }

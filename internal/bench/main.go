@@ -48,6 +48,8 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -57,12 +59,37 @@ import (
 type config struct {
 	rounds   int
 	duration time.Duration // of one measurement
-	only     string        // "requests", "admissions" or, for both, ""
-	proxy    string        // where to, if this is to be a proxy and nothing else
+	only     string        // one of parts or, for all, ""
+	size     size
+	proxy    string // where to, if this is to be a proxy and nothing else
+	fleet    bool   // this is to be a fleet of agents and nothing else
 	binary   string
 	profile  string
 	json     bool
 }
+
+// size is how much of everything there is.
+type size struct {
+	open     int           // streams that are held open
+	paced    int           // streams at a reader's pace
+	pacedFor time.Duration // how long each side has them
+	waiting  string        // backlogs of durable requests, those of BenchmarkSubmission
+	estates  []estate
+}
+
+var (
+	full = size{
+		open: 5_000, paced: 2_000, pacedFor: 10 * time.Second, waiting: "1|1000|100000",
+		estates: []estate{{10, 10, 10}, {10, 10, 1_000}, {10_000, 10_000, 10}, {10_000, 10_000, 1_000}},
+	}
+	small = size{
+		open: 100, paced: 50, pacedFor: 800 * time.Millisecond, waiting: "1|1000",
+		estates: []estate{{2, 2, 2}, {20, 20, 10}},
+	}
+)
+
+// parts are what can be measured alone.
+var parts = []string{"requests", "streams", "scale", "admissions", "submissions"}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -92,19 +119,21 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.IntVar(&c.rounds, "rounds", 5, "how often each figure is measured")
 	flags.DurationVar(&c.duration, "duration", 2*time.Second, "how long one measurement takes")
 	flags.BoolVar(&quick, "quick", false, "one round of 300 ms, to see that it works")
-	flags.StringVar(&c.only, "only", "", "measure `part` alone: requests or admissions")
+	flags.StringVar(&c.only, "only", "", "measure `part` alone: "+strings.Join(parts, ", "))
 	flags.StringVar(&c.proxy, "proxy", "", "measure nothing: be the bare proxy in front of this `URL`")
+	flags.BoolVar(&c.fleet, "fleet", false, "measure nothing: be the agents that standard input describes")
 	flags.StringVar(&c.binary, "binary", "", "the ownllm that takes the requests; without it, it is built; admissions are always of this checkout")
 	flags.StringVar(&c.profile, "profile", "", "folder for CPU and allocation profiles of the broker process")
 	flags.BoolVar(&c.json, "json", false, "print JSON, for programs")
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
+	c.size = full
 	if quick {
-		c.rounds, c.duration = 1, 300*time.Millisecond
+		c.rounds, c.duration, c.size = 1, 300*time.Millisecond, small
 	}
-	if c.only != "" && c.only != "requests" && c.only != "admissions" {
-		fmt.Fprintln(stderr, "bench: -only takes requests or admissions")
+	if c.only != "" && !slices.Contains(parts, c.only) {
+		fmt.Fprintln(stderr, "bench: -only takes one of", strings.Join(parts, ", "))
 		return 2
 	}
 	if c.rounds < 1 || c.duration < 100*time.Millisecond || flags.NArg() > 0 {
@@ -113,6 +142,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	if c.proxy != "" {
 		if err := serveProxy(ctx, c.proxy, stdout); err != nil {
+			fmt.Fprintf(stderr, "bench: %v\n", err)
+			return 1
+		}
+		return 0
+	}
+	if c.fleet {
+		if err := serveFleet(ctx, os.Stdin, stderr); err != nil {
 			fmt.Fprintf(stderr, "bench: %v\n", err)
 			return 1
 		}

@@ -34,9 +34,14 @@ type process struct {
 
 // start runs the program until stop is called or ctx ends. Its log goes to stderr.
 func start(ctx context.Context, stdout, stderr io.Writer, binary string, args ...string) (*process, error) {
+	return startWith(ctx, nil, stdout, stderr, binary, args...)
+}
+
+// startWith is start for a program that reads stdin.
+func startWith(ctx context.Context, stdin io.Reader, stdout, stderr io.Writer, binary string, args ...string) (*process, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	cmd := exec.CommandContext(ctx, binary, args...)
-	cmd.Stdout, cmd.Stderr = stdout, stderr
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, stdout, stderr
 	// In a group of its own, so that an interrupt at the terminal comes once, from us.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
@@ -70,17 +75,20 @@ type stack struct {
 	bare    target
 	through target
 	ops     string // URL of the broker's operations port
+	ready   adminapi.Ready
+	self    string // path of this program, built anew
 }
 
-// startStack starts the program twice, with its data in dir.
-func startStack(ctx context.Context, binary, dir string, stderr io.Writer) (*stack, error) {
+// startStack starts the program twice, with its data in dir. up are more flags of
+// `ownllm up`.
+func startStack(ctx context.Context, binary, dir string, stderr io.Writer, up ...string) (*stack, error) {
 	s := &stack{}
 	err := s.startBackend(ctx, binary, stderr)
 	if err == nil {
 		err = s.startProxy(ctx, dir, stderr)
 	}
 	if err == nil {
-		err = s.startBroker(ctx, binary, filepath.Join(dir, "data"), stderr)
+		err = s.startBroker(ctx, binary, filepath.Join(dir, "data"), stderr, up)
 	}
 	if err != nil {
 		s.close()
@@ -96,11 +104,11 @@ func (s *stack) startBackend(ctx context.Context, binary string, stderr io.Write
 
 // startProxy starts this program another time, as a proxy.
 func (s *stack) startProxy(ctx context.Context, dir string, stderr io.Writer) error {
-	binary, err := build(ctx, dir, module+"/internal/bench", "build")
-	if err != nil {
+	var err error
+	if s.self, err = build(ctx, dir, module+"/internal/bench", "build"); err != nil {
 		return err
 	}
-	s.proxy, s.bare.addr, err = startListening(ctx, stderr, binary, "-proxy", "http://"+s.direct.addr)
+	s.proxy, s.bare.addr, err = startListening(ctx, stderr, s.self, "-proxy", "http://"+s.direct.addr)
 	return err
 }
 
@@ -128,9 +136,12 @@ func startListening(ctx context.Context, stderr io.Writer, binary string, args .
 }
 
 // startBroker starts `ownllm up` in front of the backend, and waits until it serves.
-func (s *stack) startBroker(ctx context.Context, binary, data string, stderr io.Writer) (err error) {
-	s.broker, err = start(ctx, nil, stderr, binary, "up", "--data-dir", data, "--backend", "http://"+s.direct.addr,
-		"--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--nats-listen", "127.0.0.1:0", "--log-level", "warn")
+func (s *stack) startBroker(ctx context.Context, binary, data string, stderr io.Writer, flags []string) (err error) {
+	flags = append([]string{
+		"up", "--data-dir", data, "--backend", "http://" + s.direct.addr,
+		"--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--nats-listen", "127.0.0.1:0", "--log-level", "warn",
+	}, flags...)
+	s.broker, err = start(ctx, nil, stderr, binary, flags...)
 	if err != nil {
 		return err
 	}
@@ -156,7 +167,7 @@ func (s *stack) startBroker(ctx context.Context, binary, data string, stderr io.
 			return err
 		}
 		addr := strings.TrimSuffix(strings.TrimPrefix(ready.BaseURL, "http://"), "/v1")
-		s.through, s.ops = target{addr: addr, key: secret.String(ready.APIKey)}, ready.OpsURL
+		s.through, s.ops, s.ready = target{addr: addr, key: secret.String(ready.APIKey)}, ready.OpsURL, ready
 		return setLimits(ctx, ready)
 	}
 }
@@ -226,10 +237,10 @@ func (a spent) minus(b spent) spent {
 // they are 0.
 func (s *stack) spent(t target) spent {
 	used := spent{backend: readStat(s.backend.pid()).own, client: readStat(os.Getpid()).own}
-	switch t {
-	case s.direct:
+	switch t.addr {
+	case s.direct.addr:
 		return used
-	case s.bare:
+	case s.bare.addr:
 		used.broker = readStat(s.proxy.pid()).own
 		return used
 	}

@@ -38,8 +38,14 @@ type Report struct {
 	Load      string     `json:"load_average"` // of the last minute, at the start
 	Duration  string     `json:"duration"`
 	Workloads []Measured `json:"workloads,omitempty"`
+	// Streams is what many streams at once come to.
+	Streams *Streams `json:"streams,omitempty"`
+	// Scale is what a request costs among few and among many.
+	Scale []Scaled `json:"scale,omitempty"`
 	// Admissions is what the books can take.
 	Admissions *Admissions `json:"admissions,omitempty"`
+	// Submissions is what durable requests cost while others wait.
+	Submissions *Submissions `json:"submissions,omitempty"`
 }
 
 func newReport(c config) *Report {
@@ -119,8 +125,17 @@ func (r *Report) writeText(w io.Writer) error {
 	if len(r.Workloads) > 0 {
 		r.writeRequests(out)
 	}
+	if r.Streams != nil {
+		r.Streams.writeText(out)
+	}
+	if len(r.Scale) > 0 {
+		writeScale(out, r.Scale)
+	}
 	if r.Admissions != nil {
 		r.Admissions.writeText(out)
+	}
+	if r.Submissions != nil {
+		r.Submissions.writeText(out)
 	}
 	return out.Flush()
 }

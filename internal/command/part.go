@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"runtime/debug"
 	"strings"
 
 	"golang.org/x/sync/errgroup"
@@ -71,15 +69,4 @@ func together(parts ...part) part {
 		}
 		return group.Wait()
 	}}
-}
-
-// collectorPercent is how much the heap may grow between two collections. A role keeps
-// little and passes on much: with Go's default of 100 it would collect all the time,
-// to save some megabytes.
-const collectorPercent = 400
-
-func tuneCollector() {
-	if os.Getenv("GOGC") == "" { // else the operator knows better
-		debug.SetGCPercent(collectorPercent)
-	}
 }

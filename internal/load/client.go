@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/ownllm/ownllm/internal/secret"
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -156,7 +157,11 @@ func (c *client) write() (prompt int) {
 	}
 	b = append(b, '}')
 	c.body = b
-	c.out = append(c.out[:0], c.stage.head...)
+	head := c.stage.heads[0]
+	if n := len(c.stage.heads); n > 1 {
+		head = c.stage.heads[c.rng.IntN(n)]
+	}
+	c.out = append(c.out[:0], head...)
 	c.out = strconv.AppendInt(c.out, int64(len(b)), 10)
 	c.out = append(c.out, "\r\n\r\n"...)
 	c.out = append(c.out, b...)
@@ -247,12 +252,25 @@ func dialer(config *Config) func(context.Context) (net.Conn, error) {
 	return func(ctx context.Context) (net.Conn, error) { return d.DialContext(ctx, "tcp", addr) }
 }
 
-// requestHead is the head of every request, up to the value of Content-Length.
-func requestHead(config *Config) []byte {
+// requestHeads are the heads of requests with each of the keys.
+func requestHeads(config *Config) [][]byte {
+	keys := config.Keys
+	if len(keys) == 0 {
+		keys = []secret.String{config.Key}
+	}
+	heads := make([][]byte, len(keys))
+	for i, key := range keys {
+		heads[i] = requestHead(config, key)
+	}
+	return heads
+}
+
+// requestHead is the head of a request, up to the value of Content-Length.
+func requestHead(config *Config, key secret.String) []byte {
 	var b strings.Builder
 	b.WriteString("POST " + strings.TrimSuffix(config.URL.EscapedPath(), "/") + "/chat/completions HTTP/1.1\r\nHost: " + config.URL.Host + "\r\n")
-	if config.Key != "" {
-		b.WriteString("Authorization: Bearer " + config.Key.Reveal() + "\r\n")
+	if key != "" {
+		b.WriteString("Authorization: Bearer " + key.Reveal() + "\r\n")
 	}
 	b.WriteString("User-Agent: ownllm-bench\r\nContent-Type: application/json\r\n")
 	for name, values := range config.Header {

@@ -52,6 +52,8 @@ type Config struct {
 	// URL is the base of the API, http://127.0.0.1:9191/v1 say.
 	URL *url.URL
 	Key secret.String
+	// Keys, if there are any, stand in for Key: each request has one of them, by chance.
+	Keys []secret.String
 	// Header is added to every request.
 	Header http.Header
 	Model  string

@@ -18,9 +18,9 @@ type stage struct {
 	number         int
 	look           func(Progress)
 	text           *prose
-	head           []byte
-	extra          []byte // fields of the body, each after a comma
-	extraDemo      []byte // likewise, of its field demo
+	heads          [][]byte // of requests, one for each key
+	extra          []byte   // fields of the body, each after a comma
+	extraDemo      []byte   // likewise, of its field demo
 	dial           func(context.Context) (net.Conn, error)
 	conns          conns
 	record         recorder
@@ -32,7 +32,7 @@ type stage struct {
 
 func newStage(c *Config, level Level, text *prose) *stage {
 	s := &stage{
-		config: c, level: level, text: text, head: requestHead(c), dial: dialer(c), requestsAreOut: make(chan struct{}),
+		config: c, level: level, text: text, heads: requestHeads(c), dial: dialer(c), requestsAreOut: make(chan struct{}),
 	}
 	s.extra, s.extraDemo = splitExtra(c.Extra, c.Verify)
 	s.record.init()

@@ -26,8 +26,8 @@ func newTransport() *http.Transport {
 		MaxIdleConnsPerHost: 1024,
 		IdleConnTimeout:     60 * time.Second,
 		DisableCompression:  true, // a compressed stream is a delayed stream
-		WriteBufferSize:     16 << 10,
-		ReadBufferSize:      readBuffer,
+		// Each open stream has one, and has long sent its request.
+		WriteBufferSize: 2 << 10,
 	}
 }
 

@@ -8,8 +8,9 @@ import (
 )
 
 const (
-	// readBuffer is the size of the buffer that a stream is read through.
-	readBuffer = 16 << 10
+	// readBuffer is the size of the buffer that a stream is read through. Each open stream
+	// has one, and the connection's own behind it.
+	readBuffer = 4 << 10
 	// maxEvent bounds one event of a stream, in bytes: a tool call that comes whole
 	// may be large, a backend gone mad may not fill the memory.
 	maxEvent = 4 << 20

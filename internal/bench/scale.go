@@ -1,0 +1,247 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"path/filepath"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/credential"
+	"github.com/ownllm/ownllm/internal/adminapi"
+	"github.com/ownllm/ownllm/internal/secret"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// estate is how many tenants, keys and agents there are. The agents are spread evenly over
+// the tenants, or the first of them, and the keys over the tenants that have agents. All
+// agents have the same model.
+type estate struct {
+	Tenants int `json:"tenants"`
+	Keys    int `json:"keys"`
+	Agents  int `json:"agents"`
+}
+
+func (e estate) String() string {
+	return fmt.Sprintf("%d tenants, %d keys, %d agents", e.Tenants, e.Keys, e.Agents)
+}
+
+// Scaled is what a request costs in an estate, the workload being scaleWork with keys drawn
+// by chance.
+type Scaled struct {
+	estate
+	Rounds []Figure `json:"rounds"`
+	// Idle is how many cores `ownllm up` and Postgres keep busy while nobody asks for
+	// anything: mostly by heartbeats and pings.
+	Idle float64 `json:"cores_idle"`
+}
+
+// scaleWork is the load on every estate.
+var scaleWork = workload{true, 32, 32}
+
+const (
+	// founders is how many rows are made at once.
+	founders = 16
+	// gatherWait bounds the time until all agents are there.
+	gatherWait = 3 * time.Minute
+	// settleFor is how long a new estate is left alone, and idleFor how long it is watched
+	// while nothing is asked for.
+	settleFor, idleFor = 3 * time.Second, 2 * time.Second
+)
+
+// measureScale measures each estate on a stack of its own.
+func measureScale(ctx context.Context, c config, dir string, stderr io.Writer) ([]Scaled, error) {
+	var list []Scaled
+	for i, e := range c.size.estates {
+		scaled, err := measureEstate(ctx, c, e, filepath.Join(dir, fmt.Sprint("estate", i)), stderr)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", e, err)
+		}
+		list = append(list, *scaled)
+		fmt.Fprintln(stderr, "scale:", e)
+	}
+	return list, nil
+}
+
+func measureEstate(ctx context.Context, c config, e estate, dir string, stderr io.Writer) (*Scaled, error) {
+	s, err := startStack(ctx, c.binary, dir, stderr)
+	if err != nil {
+		return nil, err
+	}
+	defer s.close()
+	t := target{addr: s.through.addr}
+	var agents []Enlisted
+	if t.keys, agents, err = s.found(ctx, e); err != nil {
+		return nil, err
+	}
+	fleet, err := s.enlist(ctx, agents, stderr)
+	if err != nil {
+		return nil, err
+	}
+	defer fleet.close()
+	if err := s.gather(ctx, e.Agents); err != nil {
+		return nil, err
+	}
+	if _, err := s.load(ctx, t, scaleWork, warmUp+c.duration/2); err != nil {
+		return nil, err
+	}
+	result := &Scaled{estate: e}
+	if result.Idle, err = s.idle(ctx, t); err != nil {
+		return nil, err
+	}
+	for range c.rounds {
+		f, err := s.load(ctx, t, scaleWork, c.duration)
+		if err != nil {
+			return nil, err
+		}
+		result.Rounds = append(result.Rounds, f)
+	}
+	return result, nil
+}
+
+// found makes the rows of an estate, and returns its keys and agents.
+func (s *stack) found(ctx context.Context, e estate) (keys []secret.String, agents []Enlisted, err error) {
+	store, err := books.Open(ctx, books.Config{URL: s.ready.DatabaseURL, MaxConns: founders, Timeout: time.Minute})
+	if err != nil {
+		return nil, nil, err
+	}
+	defer store.Close()
+	peopled := min(e.Tenants, e.Agents) // tenants that have agents
+	tenants, users := make([]schemas.TenantID, e.Tenants), make([]string, peopled)
+	err = each(ctx, e.Tenants, func(ctx context.Context, i int) error {
+		t, err := store.CreateTenant(ctx, books.NewTenant{Slug: fmt.Sprintf("scale-%d", i), QPS: new(plenty)})
+		tenants[i] = t.ID
+		if err != nil || i >= peopled {
+			return err
+		}
+		u, err := store.CreateUser(ctx, books.NewUser{Tenant: string(t.ID), Email: fmt.Sprintf("u%d@example.com", i)})
+		users[i] = u.Email
+		return err
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	keys = make([]secret.String, e.Keys)
+	err = each(ctx, e.Keys, func(ctx context.Context, i int) error {
+		_, key, err := store.CreateKey(ctx, books.NewKey{
+			Tenant: string(tenants[i%peopled]), User: users[i%peopled], BudgetCents: new(int64(plenty)), Concurrency: new(plenty),
+		})
+		keys[i] = secret.String(key.Reveal())
+		return err
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	agents = make([]Enlisted, e.Agents)
+	err = each(ctx, e.Agents, func(ctx context.Context, i int) error {
+		own := credential.NewAgent()
+		a, err := store.AddAgent(ctx, string(tenants[i%peopled]), schemas.NewAgentID(), fmt.Sprintf("gpu-%d", i), own)
+		agents[i] = Enlisted{Tenant: a.Tenant, Agent: a.ID, Credential: own.Reveal()}
+		return err
+	})
+	return keys, agents, err
+}
+
+// each calls f with 0 to n-1, a few at a time.
+func each(ctx context.Context, n int, f func(context.Context, int) error) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(founders)
+	for i := range n {
+		group.Go(func() error { return f(ctx, i) })
+	}
+	return group.Wait()
+}
+
+// enlist starts this program another time, as the workers of all agents.
+func (s *stack) enlist(ctx context.Context, agents []Enlisted, stderr io.Writer) (*process, error) {
+	input, err := json.Marshal(Fleet{NATS: s.ready.NATSURL, Backend: "http://" + s.direct.addr, Agents: agents})
+	if err != nil {
+		return nil, err
+	}
+	return startWith(ctx, bytes.NewReader(input), nil, stderr, s.self, "-fleet")
+}
+
+// gather waits until so many agents more than that of `ownllm up` are there.
+func (s *stack) gather(ctx context.Context, agents int) error {
+	client, err := adminapi.NewClient(s.ready.AdminURL, secret.String(s.ready.AdminToken))
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	ctx, cancel := context.WithTimeout(ctx, gatherWait)
+	defer cancel()
+	look := time.NewTicker(settleFor / 6)
+	defer look.Stop()
+	for here := 0; ; here = 0 {
+		list, err := client.Agents(ctx, "")
+		if err != nil {
+			return fmt.Errorf("%d agents didn't come: %w", agents, err)
+		}
+		for _, a := range list {
+			if a.State != adminapi.AgentOffline && len(a.Models) > 0 {
+				here++
+			}
+		}
+		if here > agents {
+			return pause(ctx, settleFor)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("of %d agents only %d came", agents, here-1)
+		case <-look.C:
+		}
+	}
+}
+
+// idle is how many cores the broker and Postgres keep busy for nothing.
+func (s *stack) idle(ctx context.Context, t target) (float64, error) {
+	before, start := s.spent(t), time.Now()
+	if err := pause(ctx, idleFor); err != nil {
+		return 0, err
+	}
+	used := s.spent(t).minus(before)
+	return (used.broker + used.postgres).Seconds() / time.Since(start).Seconds(), nil
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-timer.C:
+		return nil
+	}
+}
+
+// writeScale shows what each estate costs, the first one being what the ratio is of.
+func writeScale(out *bufio.Writer, list []Scaled) {
+	fmt.Fprintf(out, "\nWhat a request costs among few and among many, %s with keys by chance; CPU is that of\n"+
+		"ownllm up and Postgres together for each request in ms, heartbeats included\n\n", scaleWork)
+	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(table, "tenants\tkeys\tagents\trequests/s\tfirst token p50, ms\tCPU\tratio\tcores busy when idle")
+	cost := func(f Figure) float64 { return (f.CPUBroker + f.CPUPostgres) / 1e3 }
+	over := func(s *Scaled, value func(Figure) float64) spread {
+		values := make([]float64, len(s.Rounds))
+		for i, f := range s.Rounds {
+			values[i] = value(f)
+		}
+		return spreadOf(values)
+	}
+	first := over(&list[0], cost).mid
+	for i := range list {
+		s := &list[i]
+		fmt.Fprintf(table, "%d\t%d\t%d\t%s\t%s\t%s\t%.2f\t%.3f\n", s.Tenants, s.Keys, s.Agents,
+			over(s, func(f Figure) float64 { return f.PerSecond }).text(0),
+			over(s, func(f Figure) float64 { return f.FirstP50 / 1e3 }).text(2),
+			over(s, cost).text(3), over(s, cost).mid/first, s.Idle)
+	}
+	_ = table.Flush() // writes to out, whose error counts
+}

@@ -1,0 +1,296 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/ownllm/ownllm/internal/load"
+	"github.com/ownllm/ownllm/worker/demo"
+)
+
+// Streams is what was measured of many streams at once.
+type Streams struct {
+	Open  Open  `json:"open"`
+	Paced Paced `json:"paced"`
+}
+
+// Paced is what many streams at a reader's pace came to, side by side.
+type Paced struct {
+	Streams         int          `json:"streams"` // open at once
+	TokensPerSecond float64      `json:"tokens_per_second"`
+	Rounds          []PacedRound `json:"rounds"`
+}
+
+// PacedRound is one round of paced streams.
+type PacedRound struct {
+	Direct Gap `json:"direct"`
+	Proxy  Gap `json:"proxy"`
+	Broker Gap `json:"broker"`
+}
+
+// Gap is the time between two tokens of a stream, in milliseconds, and what the round cost
+// while it was measured.
+type Gap struct {
+	P50 float64 `json:"p50_ms"`
+	P99 float64 `json:"p99_ms"`
+	// Cores is how many cores all processes together kept busy.
+	Cores float64 `json:"cores_busy"`
+	Torn  int64   `json:"torn,omitempty"` // see Figure
+}
+
+// Open is what open streams take of memory, in bytes that are resident for each: in
+// `ownllm up`, which is edge, broker, NATS and worker, and in the bare proxy.
+type Open struct {
+	Streams int   `json:"streams"`
+	Broker  int64 `json:"broker_bytes_per_stream"`
+	Proxy   int64 `json:"proxy_bytes_per_stream"`
+	// Idle is how much the broker had resident before.
+	Idle int64 `json:"broker_bytes_idle"`
+}
+
+const (
+	// tokenRate is the pace of paced streams, in tokens a second.
+	tokenRate = 20
+	// openPerSecond is how many streams are opened each second until all are, and openRate
+	// their pace: they are open, and little else.
+	openPerSecond = 500
+	openRate      = 1
+	// openHold is how long all streams stay open before memory is looked at, so that
+	// there was time for a collection of garbage.
+	openHold = 5 * time.Second
+	// filesPerStream is how many open files the process with the most of them has for each
+	// stream: `ownllm up` and the proxy have the connections to client and backend.
+	filesPerStream, filesElse = 2, 500
+)
+
+// checkFiles makes sure that so many streams can be open. Go programs raise their own limit
+// to the hard one, and what they start inherits that.
+func checkFiles(streams int) error {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return fmt.Errorf("read the limit on open files: %w", err)
+	}
+	need := uint64(streams*filesPerStream + filesElse)
+	if limit.Max < need {
+		return fmt.Errorf("%d streams need %d open files in one process, and the hard limit is %d: raise it (ulimit -Hn), or leave this part out by -only", streams, need, limit.Max)
+	}
+	return nil
+}
+
+// measureStreams measures on a stack of its own, since a process that once held many
+// streams keeps some of their memory.
+func measureStreams(ctx context.Context, c config, dir string, stderr io.Writer) (*Streams, error) {
+	if err := checkFiles(max(c.size.open, c.size.paced)); err != nil {
+		return nil, err
+	}
+	// More slots than streams, so that none of them waits for another one's end.
+	room := strconv.Itoa(2 * max(c.size.open, c.size.paced))
+	s, err := startStack(ctx, c.binary, filepath.Join(dir, "streams"), stderr, "--slots", room, "--queue-bound", room)
+	if err != nil {
+		return nil, err
+	}
+	defer s.close()
+	for _, t := range []target{s.bare, s.through} {
+		if _, err := s.load(ctx, t, workload{true, 32, 32}, warmUp); err != nil {
+			return nil, err
+		}
+	}
+	result := &Streams{Open: Open{Streams: c.size.open}, Paced: Paced{Streams: c.size.paced, TokensPerSecond: tokenRate}}
+	if result.Open.Proxy, _, err = s.hold(ctx, s.bare, c.size.open, ""); err != nil {
+		return nil, err
+	}
+	if result.Open.Broker, result.Open.Idle, err = s.hold(ctx, s.through, c.size.open, c.profile); err != nil {
+		return nil, err
+	}
+	fmt.Fprintln(stderr, "streams: opened and held")
+	for round := range c.rounds {
+		var r PacedRound
+		for _, side := range []struct {
+			of target
+			to *Gap
+		}{{s.direct, &r.Direct}, {s.bare, &r.Proxy}, {s.through, &r.Broker}} {
+			if *side.to, err = s.pace(ctx, side.of, c.size.paced, c.size.pacedFor); err != nil {
+				return nil, err
+			}
+		}
+		result.Paced.Rounds = append(result.Paced.Rounds, r)
+		fmt.Fprintf(stderr, "streams: round %d of %d\n", round+1, c.rounds)
+	}
+	return result, nil
+}
+
+// pace keeps n streams open that bring tokenRate tokens a second each, for d and more. They
+// arrive evenly, and each lasts for half of d, so that their tokens fall evenly into time.
+func (s *stack) pace(ctx context.Context, t target, n int, d time.Duration) (Gap, error) {
+	each := d / 2
+	rate := float64(n) / each.Seconds()
+	config := streamConfig(t, tokenRate, int(tokenRate*each.Seconds()))
+	config.Levels, config.Open, config.Even = []load.Level{{From: rate, To: rate}}, true, true
+	config.WarmUp, config.Duration = each, d
+	before, start := s.spent(t), time.Now()
+	report, err := load.Run(ctx, config, nil)
+	if err == nil && report.Interrupted {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return Gap{}, err
+	}
+	used, took := s.spent(t).minus(before), time.Since(start)
+	stage := report.Stages[0]
+	sent := stage.Requests
+	if stage.InterToken == nil || sent.OK != sent.Sent && t.addr != s.bare.addr {
+		return Gap{}, fmt.Errorf("%d streams at %s: %+v, failures %+v, not whole %v", n, t.addr, sent, stage.Failures, stage.Breaches)
+	}
+	return Gap{
+		P50: stage.InterToken.P50, P99: stage.InterToken.P99, Torn: sent.Sent - sent.OK,
+		Cores: (used.backend + used.broker + used.postgres + used.client).Seconds() / took.Seconds(),
+	}, nil
+}
+
+// Why streams that are held end.
+var (
+	errHeld = errors.New("held for long enough")
+	errLost = errors.New("some have ended")
+)
+
+// hold opens n slow streams, waits until the backend runs them all, and returns by how much what serves the target has grown for
+// each, and what it had before. It ends them by leaving. With profile, a folder, what the
+// broker's heap holds at that time is saved there.
+func (s *stack) hold(ctx context.Context, t target, n int, profile string) (each, idle int64, err error) {
+	pid := s.proxy.pid()
+	if t.addr == s.through.addr {
+		pid = s.broker.pid()
+	}
+	idle = resident(pid)
+	holding, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	var full time.Time // when all were open
+	var held, grown int64
+	config := streamConfig(t, openRate, 3600)
+	config.Levels, config.Open, config.Even = []load.Level{{From: openPerSecond, To: openPerSecond}}, true, true
+	config.Requests, config.MaxInFlight, config.Timeout = n, n, time.Hour
+	report, err := load.Run(holding, config, func(p load.Progress) {
+		switch {
+		case p.Failed+p.Broken > 0 && t.addr != s.bare.addr:
+			end(errLost)
+		case p.Point.InFlight+p.Failed+p.Broken < int64(n):
+		case full.IsZero():
+			if active, err := s.active(ctx); err != nil {
+				end(err)
+			} else if active >= p.Point.InFlight {
+				full = time.Now()
+			}
+		case held == 0 && time.Since(full) >= openHold:
+			held, grown = p.Point.InFlight, resident(pid)-idle
+			if profile != "" {
+				if err := s.saveHeap(ctx, profile); err != nil {
+					end(err)
+				}
+			}
+			end(errHeld)
+		}
+	})
+	if err == nil {
+		err = context.Cause(holding)
+	}
+	if errors.Is(err, errLost) && len(report.Stages) > 0 {
+		err = fmt.Errorf("open %d streams at %s: %w: %v, not whole %v", n, t.addr, err, report.Stages[0].Failures, report.Stages[0].Breaches)
+	}
+	if !errors.Is(err, errHeld) {
+		return 0, 0, err
+	}
+	return grown / max(held, 1), idle, nil
+}
+
+// active is how many requests the backend runs.
+func (s *stack) active(ctx context.Context) (int64, error) {
+	b, err := get(ctx, "http://"+s.direct.addr+"/demo/stats")
+	if err != nil {
+		return 0, err
+	}
+	var stats demo.Stats
+	if err := json.Unmarshal(b, &stats); err != nil {
+		return 0, fmt.Errorf("stats of the backend: %w", err)
+	}
+	return stats.Active, nil
+}
+
+func (s *stack) saveHeap(ctx context.Context, dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for name, of := range map[string]string{"open.heap": "heap", "open.goroutine": "goroutine", "open.memstats": "heap?debug=1"} {
+		if err := save(ctx, s.ops+"/debug/pprof/"+of, filepath.Join(dir, name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// streamConfig asks for streams at a pace, whose tokens are checked.
+func streamConfig(t target, perSecond float64, tokens int) load.Config {
+	return load.Config{
+		URL: &url.URL{Scheme: "http", Host: t.addr, Path: "/v1"}, Key: t.key, Model: "demo", Stream: true,
+		Prompt: load.Fixed(2), Reply: load.Fixed(tokens), Verify: true, Timeout: 2 * replyWait,
+		Extra: json.RawMessage(fmt.Sprintf(`{"demo":{"tokens_per_second":%g}}`, perSecond)),
+	}
+}
+
+// resident is how much memory a process holds, in bytes; 0 on a system without /proc.
+func resident(pid int) int64 {
+	b, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	return parseResident(string(b))
+}
+
+func parseResident(status string) int64 {
+	_, rest, _ := strings.Cut(status, "\nVmRSS:")
+	rest, _, _ = strings.Cut(strings.TrimSpace(rest), " ")
+	kb, _ := strconv.ParseInt(rest, 10, 64) // or nothing
+	return kb << 10
+}
+
+// over takes one value of each round.
+func (p *Paced) over(value func(PacedRound) float64) spread {
+	values := make([]float64, len(p.Rounds))
+	for i, r := range p.Rounds {
+		values[i] = value(r)
+	}
+	return spreadOf(values)
+}
+
+func (s *Streams) writeText(out *bufio.Writer) {
+	fmt.Fprintf(out, "\nTime between two tokens in ms, %d streams of %.0f tokens/s open at once\n\n", s.Paced.Streams, s.Paced.TokensPerSecond)
+	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(table, "\tdirect\tbare proxy\tbroker\tadded by it\tby a bare proxy")
+	for _, row := range []struct {
+		name string
+		of   func(Gap) float64
+	}{
+		{"p50", func(g Gap) float64 { return g.P50 }}, {"p99", func(g Gap) float64 { return g.P99 }},
+		{"cores busy", func(g Gap) float64 { return g.Cores }},
+	} {
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", row.name,
+			s.Paced.over(func(r PacedRound) float64 { return row.of(r.Direct) }).text(2),
+			s.Paced.over(func(r PacedRound) float64 { return row.of(r.Proxy) }).text(2),
+			s.Paced.over(func(r PacedRound) float64 { return row.of(r.Broker) }).text(2),
+			s.Paced.over(func(r PacedRound) float64 { return row.of(r.Broker) - row.of(r.Direct) }).text(2),
+			s.Paced.over(func(r PacedRound) float64 { return row.of(r.Proxy) - row.of(r.Direct) }).text(2))
+	}
+	_ = table.Flush() // writes to out, whose error counts
+
+	fmt.Fprintf(out, "\nMemory for each of %d open streams, resident: %.1f KB in ownllm up, which is edge, broker, NATS and\n"+
+		"worker and had %.0f MB before, %.1f KB in a bare proxy\n",
+		s.Open.Streams, float64(s.Open.Broker)/1024, float64(s.Open.Idle)/(1<<20), float64(s.Open.Proxy)/1024)
+}

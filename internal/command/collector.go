@@ -1,0 +1,52 @@
+package command
+
+import (
+	"os"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
+	"sync/atomic"
+)
+
+// How much the heap may grow between two collections. A role keeps little and passes on
+// much: with Go's default of 100 percent it would collect all the time, to save some
+// megabytes. But one that holds thousands of streams would, at 400, have hundreds of
+// megabytes of garbage. So the heap grows by so much only as long as it stays within
+// collectorFree, in bytes, and by collectorLeast beyond.
+const (
+	collectorMost  = 400
+	collectorLeast = 25
+	collectorFree  = 256 << 20
+)
+
+// collectorPercent is by how much a heap may grow that has so many bytes in use.
+func collectorPercent(live uint64) int {
+	if live >= collectorFree {
+		return collectorLeast
+	}
+	return int(min(max((collectorFree-live)*100/max(live, 1), collectorLeast), collectorMost))
+}
+
+// tuneCollector keeps the collector tuned, from each collection to the next.
+func tuneCollector() {
+	if os.Getenv("GOGC") != "" {
+		return // the operator knows better
+	}
+	debug.SetGCPercent(collectorMost)
+	var set atomic.Int64
+	set.Store(collectorMost)
+	// What nobody refers to is finalized after each collection.
+	var collected func(*[16]byte)
+	collected = func(sentinel *[16]byte) {
+		live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+		metrics.Read(live)
+		percent := int64(collectorPercent(live[0].Value.Uint64()))
+		// It stops the world for an instant, which a small change isn't worth.
+		if old := set.Load(); percent*10 < old*9 || percent*9 > old*10 {
+			debug.SetGCPercent(int(percent))
+			set.Store(percent)
+		}
+		runtime.SetFinalizer(sentinel, collected)
+	}
+	runtime.SetFinalizer(new([16]byte), collected)
+}
