@@ -138,8 +138,8 @@ func (e *Edge) authenticateAgent(c *fiber.Ctx) (books.AgentIdentity, error) {
 
 func checkHeartbeat(hb *schemas.Heartbeat) error {
 	switch {
-	case hb.Version != schemas.ProtocolVersion:
-		return refuse("v", "This edge speaks version %d of the protocol. Install the same release of ownllm on both.", schemas.ProtocolVersion)
+	case !schemas.Protocol.Speak(hb.Version):
+		return refuse("v", "%s", schemas.Protocol.Refusal(schemas.Versions{Oldest: hb.Version, Newest: hb.Version}))
 	case schemas.ValidateID(string(hb.Incarnation), "inc_") != nil:
 		return refuse("incarnation", "incarnation must be inc_ and a ULID.")
 	case hb.State != schemas.AgentUp && hb.State != schemas.AgentDraining && hb.State != schemas.AgentBye:

@@ -14,7 +14,3 @@
 // person can read all of it with the nats command line, and neither side has to
 // parse what it only passes on.
 package schemas
-
-// ProtocolVersion is the version of the bus protocol that this build speaks. A
-// worker states it in its Hello; a broker refuses one that it can't understand.
-const ProtocolVersion = 1

@@ -124,8 +124,8 @@ func DecodeJob(payload []byte) (*Job, []byte, error) {
 		return nil, nil, fmt.Errorf("job head: %w", err)
 	}
 	switch {
-	case j.Version != ProtocolVersion:
-		return nil, nil, fmt.Errorf("job has protocol version %d, want %d", j.Version, ProtocolVersion)
+	case !Protocol.Speak(j.Version):
+		return nil, nil, fmt.Errorf("job has protocol version %d, and this build speaks %s", j.Version, Protocol)
 	case j.Request == "" || j.Nonce == "" || j.Owner == "" || j.Tenant == "" || j.Model == "" || j.Operation == "":
 		return nil, nil, errors.New("job lacks a field that it must have")
 	case j.Limit < 0:
@@ -185,8 +185,8 @@ func DecodeUsageReport(b []byte) (*UsageReport, error) {
 		return nil, fmt.Errorf("usage report: %w", err)
 	}
 	switch {
-	case u.Version != ProtocolVersion:
-		return nil, fmt.Errorf("usage report has protocol version %d, want %d", u.Version, ProtocolVersion)
+	case !Protocol.Speak(u.Version):
+		return nil, fmt.Errorf("usage report has protocol version %d, and this build speaks %s", u.Version, Protocol)
 	case u.Request == "" || u.PromptTokens < 0 || u.CompletionTokens < 0:
 		return nil, errors.New("usage report lacks its request, or counts less than nothing")
 	}

@@ -123,7 +123,10 @@ type Heartbeat struct {
 // Hello is how a worker introduces itself to a broker, on connecting and whenever
 // its inventory changes.
 type Hello struct {
+	// Version is the newest version of the protocol that the worker speaks, and Oldest the
+	// oldest; 0: it speaks only one.
 	Version     int         `json:"v"`
+	Oldest      int         `json:"oldest,omitempty"`
 	Incarnation Incarnation `json:"incarnation"`
 	Software    string      `json:"software"`
 	Host        string      `json:"host"`
@@ -133,6 +136,9 @@ type Hello struct {
 // Welcome is the broker's answer to a Hello: for each model the consumer to pull
 // its jobs from, or the reason why not.
 type Welcome struct {
+	// Version is the newest version of the protocol that both sides speak, which the worker
+	// writes from now on; 0 stands for 1.
+	Version   int               `json:"v,omitempty"`
 	Stream    string            `json:"stream,omitempty"`
 	Consumers map[string]string `json:"consumers,omitempty"` // by model id
 	Error     *Error            `json:"error,omitempty"`

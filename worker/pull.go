@@ -183,7 +183,7 @@ func (w *Worker) introduceAndPull(ctx, life context.Context, jobs *sync.WaitGrou
 func (w *Worker) hello(ctx context.Context) (*schemas.Welcome, error) {
 	_, inventory := w.stock.inventory()
 	hello := schemas.Hello{
-		Version: schemas.ProtocolVersion, Incarnation: w.incarnation,
+		Version: schemas.Protocol.Newest, Oldest: schemas.Protocol.Oldest, Incarnation: w.incarnation,
 		Software: w.cfg.Software, Host: w.cfg.Host, Inventory: *inventory,
 	}
 	askCtx, cancel := context.WithTimeout(ctx, helloWait)
@@ -195,6 +195,11 @@ func (w *Worker) hello(ctx context.Context) (*schemas.Welcome, error) {
 	var welcome schemas.Welcome
 	if err := json.Unmarshal(m.Data, &welcome); err != nil {
 		return nil, fmt.Errorf("read welcome: %w", err)
+	}
+	if version := max(welcome.Version, 1); welcome.Error == nil && !schemas.Protocol.Speak(version) {
+		// The broker believed that this worker speaks it.
+		theirs := schemas.Versions{Oldest: version, Newest: version}
+		welcome.Error = schemas.Errorf(schemas.CodeInvalidValue, "%s", theirs.Refusal(schemas.Protocol))
 	}
 	return &welcome, nil
 }

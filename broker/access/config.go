@@ -47,8 +47,8 @@ func Accounts(token string) string {
 // ServerConfig is the configuration of a nats-server whose system users have the token
 // as their password, and whose other users a Callout lets in. Addresses, TLS, the folder
 // of JetStream and routes are for whoever runs it, in the file that includes this one or
-// by flags.
-func ServerConfig(token string) (string, error) {
+// by flags. With always, JetStream has what it stores on the disk before it says so.
+func ServerConfig(token string, always bool) (string, error) {
 	key, err := issuer(token)
 	if err != nil {
 		return "", err
@@ -56,6 +56,10 @@ func ServerConfig(token string) (string, error) {
 	public, err := key.PublicKey()
 	if err != nil {
 		return "", fmt.Errorf("key of the auth callout: %w", err)
+	}
+	flushing := ""
+	if always {
+		flushing = "  # What is acknowledged is on the disk.\n  sync_interval: always\n"
 	}
 	users := []string{bus.UserCore, bus.UserAgents, bus.UserIngress, bus.UserSystem}
 	return fmt.Sprintf(`# Made by "ownllm nats-config". It holds a secret: whoever reads it can do everything.
@@ -76,8 +80,8 @@ ping_max: 2
 jetstream {
   # The default of 1,000 consumers for a stream is a few hundred agents.
   limits { default_max_consumers: -1 }
-}
-`, Accounts(token), int(AuthTimeout.Seconds()), public, AccountSystem, strings.Join(users, ", ")), nil
+%s}
+`, Accounts(token), int(AuthTimeout.Seconds()), public, AccountSystem, strings.Join(users, ", "), flushing), nil
 }
 
 // issuer is the key by which a Callout signs what it says. A nats-server knows its public

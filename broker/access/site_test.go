@@ -36,7 +36,7 @@ func startExternal(t *testing.T, more ...string) *external {
 	// A token may hold anything.
 	const token = `the "secret" $HOME \ of # the test`
 	addr, dir := stack.FreeAddr(t), t.TempDir()
-	text, err := access.ServerConfig(token)
+	text, err := access.ServerConfig(token, false)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -49,9 +49,10 @@ func NewQueue(nc *nats.Conn) (*Queue, error) {
 }
 
 // Provision creates the stream of jobs, or updates it to the given bounds, and that of
-// usage reports.
+// usage reports. It can be called again and again, by several brokers. A stream is never
+// taken back: ErrNewerStream, ErrMoreReplicas.
 func (q *Queue) Provision(ctx context.Context, cfg QueueConfig) error {
-	_, err := q.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+	err := q.provision(ctx, jetstream.StreamConfig{
 		Name:        schemas.JobStream,
 		Description: "OwnLLM: admitted jobs, one subject for each agent and model",
 		Subjects:    []string{schemas.JobSubjects},
@@ -68,7 +69,7 @@ func (q *Queue) Provision(ctx context.Context, cfg QueueConfig) error {
 		MaxConsumers:         -1,
 	})
 	if err != nil {
-		return fmt.Errorf("provision stream %s: %w", schemas.JobStream, err)
+		return err
 	}
 	return q.provisionUsage(ctx, cfg.Replicas)
 }

@@ -31,7 +31,7 @@ const (
 
 // provisionUsage makes the stream of usage reports.
 func (q *Queue) provisionUsage(ctx context.Context, replicas int) error {
-	_, err := q.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+	return q.provision(ctx, jetstream.StreamConfig{
 		Name:        schemas.UsageStream,
 		Description: "OwnLLM: what workers report of requests whose owner is gone",
 		Subjects:    []string{schemas.UsageSubjects},
@@ -42,10 +42,6 @@ func (q *Queue) provisionUsage(ctx context.Context, replicas int) error {
 		MaxMsgSize:  maxUsage,
 		Duplicates:  usageTwice,
 	})
-	if err != nil {
-		return fmt.Errorf("provision stream %s: %w", schemas.UsageStream, err)
-	}
-	return nil
 }
 
 // ReportUsage stores a report of an agent in the stream of usage reports. After an error

@@ -54,7 +54,12 @@ const (
 	// DropNoReply or DropForeignReply.
 	NameDropped = "ownllm.ingress.dropped"
 
-	attrCode = attribute.Key("code")
+	// NameAgents is how many agents this process knows of, by state: those of a
+	// heartbeat, or StateAside or StateAway.
+	NameAgents = "ownllm.agents"
+
+	attrCode  = attribute.Key("code")
+	attrState = attribute.Key("state")
 )
 
 // The two outcomes of a request that aren't codes of the contract.

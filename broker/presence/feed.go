@@ -170,7 +170,7 @@ func (f *Feed) heard(m *nats.Msg, inbox string) {
 func (f *Feed) Aside(tenant schemas.TenantID, id schemas.AgentID, data []byte) error {
 	hb, err := decode(data)
 	if err != nil {
-		return schemas.Errorf(schemas.CodeInvalidValue, "This isn't a heartbeat of protocol version %d: %v.", schemas.ProtocolVersion, err)
+		return schemas.Errorf(schemas.CodeInvalidValue, "This isn't a heartbeat that makes sense here: %v.", err)
 	}
 	f.table.ObserveAside(tenant, id, hb, time.Now()) // this edge may be off the bus itself
 	if err := f.nc.Publish(schemas.AsideSubject(tenant, id), data); err != nil && !bus.Down(err) {
@@ -199,8 +199,8 @@ func decode(data []byte) (*schemas.Heartbeat, error) {
 	if err := json.Unmarshal(data, &hb); err != nil {
 		return nil, errors.New("it isn't valid JSON")
 	}
-	if hb.Version != schemas.ProtocolVersion {
-		return nil, fmt.Errorf("its version is %d", hb.Version)
+	if !schemas.Protocol.Speak(hb.Version) {
+		return nil, fmt.Errorf("it is of version %d of the protocol, and this build speaks %s", hb.Version, schemas.Protocol)
 	}
 	if !meaningful(&hb) {
 		return nil, fmt.Errorf("it names no run, or has the unknown state %q", hb.State)

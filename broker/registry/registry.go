@@ -144,10 +144,9 @@ func (r *Registry) welcome(ctx context.Context, m *nats.Msg) (schemas.Welcome, e
 	if err := json.Unmarshal(m.Data, &hello); err != nil {
 		return schemas.Welcome{}, schemas.Errorf(schemas.CodeInvalidJSON, "The hello isn't valid JSON.")
 	}
-	if hello.Version != schemas.ProtocolVersion {
-		return schemas.Welcome{}, schemas.Errorf(schemas.CodeInvalidValue,
-			"This broker speaks version %d of the protocol, and the worker version %d. Install the same release of ownllm on both.",
-			schemas.ProtocolVersion, hello.Version)
+	version, ok := schemas.Protocol.Agree(hello.Versions())
+	if !ok {
+		return schemas.Welcome{}, schemas.Errorf(schemas.CodeInvalidValue, "%s", schemas.Protocol.Refusal(hello.Versions()))
 	}
 	if current := r.agents.Current(tenant, agent); current > hello.Incarnation {
 		return schemas.Welcome{}, schemas.Errorf(schemas.CodeInvalidValue,
@@ -159,7 +158,7 @@ func (r *Registry) welcome(ctx context.Context, m *nats.Msg) (schemas.Welcome, e
 	if err := r.store.UpsertAgent(ctx, report); err != nil {
 		return schemas.Welcome{}, fmt.Errorf("store agent %s: %w", agent, err)
 	}
-	welcome := schemas.Welcome{Stream: schemas.JobStream, Consumers: make(map[string]string, len(hello.Inventory.Models))}
+	welcome := schemas.Welcome{Version: version, Stream: schemas.JobStream, Consumers: make(map[string]string, len(hello.Inventory.Models))}
 	for _, model := range hello.Inventory.Models {
 		name, err := r.queue.EnsureConsumer(ctx, tenant, agent, model.ID)
 		if err != nil {

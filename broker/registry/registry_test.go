@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -218,15 +219,22 @@ func TestHelloIsRefused(t *testing.T) {
 	t.Parallel()
 	h, s := newHouse(t), newFake()
 	h.serve(s)
-	old := hello("demo")
-	old.Version++
+	ours := schemas.ProtocolVersion
+	of := func(newest, oldest int) []byte {
+		one := hello("demo")
+		one.Version, one.Oldest = newest, oldest
+		return one.Encode()
+	}
 	for name, tc := range map[string]struct {
 		subject string
 		payload []byte
 		want    schemas.Code
 		says    string
 	}{
-		"other version": {subject, old.Encode(), schemas.CodeInvalidValue, "version"},
+		"too old":       {subject, of(schemas.OldestProtocol-1, 0), schemas.CodeInvalidValue, "Upgrade this machine's worker"},
+		"too new":       {subject, of(ours+1, ours+1), schemas.CodeInvalidValue, "Upgrade the brokers and edges"},
+		"only the next": {subject, of(ours+1, 0), schemas.CodeInvalidValue, fmt.Sprintf("this worker version %d", ours+1)},
+		"two ahead":     {subject, of(ours+2, ours+1), schemas.CodeInvalidValue, fmt.Sprintf("versions %d and %d", ours+1, ours+2)},
 		"no JSON":       {subject, []byte("hello"), schemas.CodeInvalidJSON, "JSON"},
 		"empty":         {subject, nil, schemas.CodeInvalidJSON, "JSON"},
 		"bad tenant":    {schemas.Prefix + "hello.=zz." + string(agent), hello("demo").Encode(), schemas.CodeInvalidValue, "tenant"},
@@ -237,11 +245,17 @@ func TestHelloIsRefused(t *testing.T) {
 			t.Errorf("%s: welcome is %+v", name, w)
 		}
 	}
+	if w := h.say(subject, of(ours+1, ours)); w.Error != nil || w.Version != ours || w.Stream == "" {
+		t.Errorf("a worker one version ahead gets %+v", w)
+	}
+	if stored := s.stored(); len(stored) != 1 {
+		t.Errorf("stored was %+v", stored)
+	}
 	s.fail(schemas.Errorf(schemas.CodeInvalidValue, "There is no such tenant."))
 	if w := h.say(subject, hello("demo").Encode()); w.Error == nil || w.Error.Message != "There is no such tenant." {
 		t.Errorf("what the store refuses gets %+v", w)
 	}
-	if stored := s.stored(); len(stored) != 0 {
+	if stored := s.stored(); len(stored) != 1 {
 		t.Errorf("stored was %+v", stored)
 	}
 }

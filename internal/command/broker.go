@@ -18,6 +18,7 @@ import (
 
 // brokerCommand is `ownllm broker`.
 type brokerCommand struct {
+	ConfigOptions
 	BusOptions
 	DatabaseOptions
 	DeadlineOptions
@@ -58,6 +59,9 @@ Examples:
     ownllm broker --nats-url nats://nats:4222`
 }
 
+// missing reports the secret that has no flag.
+func (c *brokerCommand) missing(env *Environment) error { return c.lacking(env) }
+
 // Validate reports all problems of the flags at once.
 func (c *brokerCommand) Validate() error {
 	var p problems
@@ -86,7 +90,7 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer tel.stop(log)
-	store, err := openBooks(ctx, c.DatabaseURL.Reveal())
+	store, err := openBooks(ctx, c.DatabaseURL.Reveal(), c.DatabaseConns)
 	if err != nil {
 		return err
 	}

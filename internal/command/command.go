@@ -14,7 +14,8 @@
 // or an *adminapi.UnreachableError 3, anything else 1. Nothing but main exits.
 //
 // Every flag has the environment variable OWNLLM_<FLAG>, which a flag overrides; an
-// empty variable is one that isn't set. Secrets have no flag, but an environment
+// empty variable is one that isn't set. The roles take a file, too (settings.go), which both
+// override. Secrets have no flag, but an environment
 // variable and a flag that names a file.
 package command
 
@@ -80,7 +81,7 @@ func Main(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io
 	command, done, err := parse(parser, args)
 	switch {
 	case err != nil:
-		return env.fail(usageError{fmt.Errorf("%w\n%s", err, moreHelp(err))})
+		return env.fail(usageError{fmt.Errorf("%w\n%s", err, moreHelp(command, err))})
 	case done:
 		return ExitOK
 	}
@@ -92,8 +93,9 @@ func Main(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io
 
 // newParser builds the parser of a grammar, which is a *cli, or a part of one in a
 // test.
-func newParser(ctx context.Context, grammar any, env *Environment) (*kong.Kong, error) {
-	return kong.New(grammar,
+func newParser(ctx context.Context, grammar any, env *Environment) (*parser, error) {
+	s := &settings{env: env}
+	k, err := kong.New(grammar,
 		kong.Name("ownllm"),
 		kong.Description("OwnLLM is a broker between OpenAI clients and the GPUs that you own."),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true}),
@@ -101,19 +103,46 @@ func newParser(ctx context.Context, grammar any, env *Environment) (*kong.Kong, 
 		kong.Exit(func(code int) { panic(exited(code)) }),
 		kong.ExplicitGroups(groups),
 		kong.ValueFormatter(describe),
-		kong.Resolvers(kong.ResolverFunc(func(_ *kong.Context, _ *kong.Path, flag *kong.Flag) (any, error) {
-			if value := env.Getenv(variable(flag.Name)); value != "" && flag.Name != "help" {
-				return value, nil
-			}
-			return nil, nil
-		})),
+		kong.Resolvers(s),
 		kong.Bind(env),
 		kong.BindTo(ctx, (*context.Context)(nil)),
 	)
+	if err != nil {
+		return nil, err
+	}
+	return &parser{k, s}, nil
+}
+
+// parser is kong's, with what it finds outside of the command line.
+type parser struct {
+	*kong.Kong
+	settings *settings
+}
+
+// needy is a command that can't run without secrets, which aren't flags.
+type needy interface{ missing(*Environment) error }
+
+// problems are all that is wrong, with the settings, the flags, and the secrets.
+func (p *parser) problems(command *kong.Context, err error) error {
+	all := append(problems(nil), p.settings.problems...)
+	if refused := (*kong.ParseError)(nil); errors.As(err, &refused) {
+		command = refused.Context
+	}
+	if err != nil {
+		all = append(all, err)
+	}
+	if command != nil && command.Error == nil && command.Selected() != nil {
+		if c, ok := command.Selected().Target.Addr().Interface().(needy); ok {
+			if err := c.missing(p.settings.env); err != nil {
+				all = append(all, err)
+			}
+		}
+	}
+	return all.err()
 }
 
 // parse parses args. done says that a help text was asked for and printed.
-func parse(parser *kong.Kong, args []string) (command *kong.Context, done bool, err error) {
+func parse(parser *parser, args []string) (command *kong.Context, done bool, err error) {
 	defer func() {
 		switch p := recover().(type) {
 		case nil:
@@ -124,7 +153,7 @@ func parse(parser *kong.Kong, args []string) (command *kong.Context, done bool, 
 		}
 	}()
 	command, err = parser.Parse(args)
-	return command, false, err
+	return command, false, parser.problems(command, err)
 }
 
 // variable is the name of a flag's environment variable. kong has its own way for
@@ -142,10 +171,13 @@ func describe(value *kong.Value) string {
 }
 
 // moreHelp says where to read on after an error of the parser.
-func moreHelp(err error) string {
+func moreHelp(command *kong.Context, err error) string {
 	path := "ownllm"
-	if p := (*kong.ParseError)(nil); errors.As(err, &p) && p.Context != nil && p.Context.Selected() != nil {
-		path = p.Context.Selected().FullPath()
+	if p := (*kong.ParseError)(nil); errors.As(err, &p) {
+		command = p.Context
+	}
+	if command != nil && command.Selected() != nil {
+		path = command.Selected().FullPath()
 	}
 	return fmt.Sprintf("Run %q for more.", path+" --help")
 }

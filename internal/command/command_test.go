@@ -358,7 +358,7 @@ func TestExitCodes(t *testing.T) {
 		"bad dimension":      {nil, "usage --by model,hour,model", ExitUsage, []string{`"hour"`, "tenant, user, key, model, day", "model comes twice"}},
 		"two forms":          {nil, "usage --csv --json", ExitUsage, []string{"exclude"}},
 		"bad duration":       {nil, "status --interval soon", ExitUsage, []string{"--interval"}},
-		"bad environment":    {map[string]string{"OWNLLM_INTERVAL": "soon"}, "status", ExitUsage, []string{"--interval"}},
+		"bad environment":    {map[string]string{"OWNLLM_INTERVAL": "soon"}, "status", ExitUsage, []string{"$OWNLLM_INTERVAL", `"ownllm status --help"`}},
 		"no time":            {nil, "status --interval 0s", ExitUsage, []string{"--interval: 0s"}},
 		"wrong kind of id":   {nil, "users deactivate ada@example.com", ExitUsage, []string{`doesn't begin with "usr_"`}},
 		"no token":           {map[string]string{"OWNLLM_SERVER": a.URL}, "tenants list", ExitUsage, []string{"OWNLLM_ADMIN_TOKEN", "--admin-token-file"}},

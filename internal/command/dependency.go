@@ -104,8 +104,8 @@ func denied(err error) error {
 }
 
 // openBooks opens the books at an address, and brings their schema up to date.
-func openBooks(ctx context.Context, url string) (*books.Store, error) {
-	store, err := books.Open(ctx, books.Config{URL: url})
+func openBooks(ctx context.Context, url string, conns int) (*books.Store, error) {
+	store, err := books.Open(ctx, books.Config{URL: url, MaxConns: conns})
 	if err != nil {
 		return nil, unavailable(err)
 	}

@@ -8,6 +8,7 @@ import (
 
 // edgeCommand is `ownllm edge`.
 type edgeCommand struct {
+	ConfigOptions
 	ListenOptions
 	HTTPOptions
 	BusOptions
@@ -57,6 +58,9 @@ Examples:
     ownllm edge --nats-url tls://nats:4222 --tls-cert cert.pem --tls-key key.pem --base-domain ownllm.example.com`
 }
 
+// missing reports the secret that has no flag.
+func (c *edgeCommand) missing(env *Environment) error { return c.lacking(env) }
+
 // Validate reports all problems of the flags at once.
 func (c *edgeCommand) Validate() error {
 	var p problems
@@ -90,7 +94,7 @@ func (c *edgeCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer tel.stop(log)
-	store, err := openBooks(ctx, c.DatabaseURL.Reveal())
+	store, err := openBooks(ctx, c.DatabaseURL.Reveal(), c.DatabaseConns)
 	if err != nil {
 		return err
 	}

@@ -7,7 +7,10 @@ import (
 )
 
 // natsConfigCommand is `ownllm nats-config`.
-type natsConfigCommand struct{ TokenOptions }
+type natsConfigCommand struct {
+	TokenOptions
+	SyncAlways bool `help:"JetStream flushes to the disk before it acknowledges, so that a power failure takes no job. On a single server each write waits for its own flush."`
+}
 
 // Help shows examples.
 func (natsConfigCommand) Help() string {
@@ -31,7 +34,7 @@ func (c *natsConfigCommand) Run(env *Environment) error {
 	if err != nil {
 		return err
 	}
-	text, err := access.ServerConfig(token.Reveal())
+	text, err := access.ServerConfig(token.Reveal(), c.SyncAlways)
 	if err != nil {
 		return err
 	}

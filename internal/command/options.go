@@ -101,9 +101,19 @@ type TokenOptions struct {
 func (o TokenOptions) token(env *Environment) (secret.String, error) {
 	token, err := env.secret("OWNLLM_NATS_TOKEN", o.NATSTokenFile)
 	if err == nil && token == "" {
-		err = usageError{errors.New("the shared secret of NATS is needed, in $OWNLLM_NATS_TOKEN or by --nats-token-file")}
+		err = usageError{errNoToken}
 	}
 	return token, err
+}
+
+var errNoToken = errors.New("the shared secret of NATS is needed, in $OWNLLM_NATS_TOKEN or by --nats-token-file")
+
+// lacking is errNoToken if the secret isn't given at all.
+func (o TokenOptions) lacking(env *Environment) error {
+	if o.NATSTokenFile == "" && env.Getenv("OWNLLM_NATS_TOKEN") == "" {
+		return errNoToken
+	}
+	return nil
 }
 
 // BusOptions are of the roles that are trusted with all of NATS.
@@ -119,9 +129,13 @@ func (o BusOptions) check(p *problems) {
 	o.NATSOptions.check(p)
 }
 
+// The bounds of --database-conns: below, a process would wait for itself.
+const leastConns, mostConns = 4, 1000
+
 // DatabaseOptions say where Postgres is.
 type DatabaseOptions struct {
-	DatabaseURL secret.String `placeholder:"URL" help:"Address of Postgres, postgres://user@host/database. Give one with a password by the environment, not as a flag."`
+	DatabaseURL   secret.String `placeholder:"URL" help:"Address of Postgres, postgres://user@host/database; with ?sslmode=verify-full&sslrootcert=FILE by TLS. Give one with a password by the environment, not as a flag."`
+	DatabaseConns int           `default:"8" placeholder:"N" help:"Connections to Postgres that this process may have. Default: 8."`
 }
 
 func (o DatabaseOptions) check(p *problems, needed bool) {
@@ -131,6 +145,9 @@ func (o DatabaseOptions) check(p *problems, needed bool) {
 		p.add("--database-url is needed: the address of Postgres, postgres://user@host/database say")
 	case o.DatabaseURL != "" && (err != nil || u.Scheme != "postgres" && u.Scheme != "postgresql"):
 		p.add("--database-url: the address doesn't look like postgres://user@host/database") // it may hold a password
+	}
+	if o.DatabaseConns < leastConns || o.DatabaseConns > mostConns {
+		p.add("--database-conns: %d isn't from %d to %d", o.DatabaseConns, leastConns, mostConns)
 	}
 }
 

@@ -74,7 +74,7 @@ func TestDefaults(t *testing.T) {
 	}
 	want := edgeFlags{
 		BusOptions:      BusOptions{NATSOptions: NATSOptions{NATSURL: "nats://n:4222"}},
-		DatabaseOptions: DatabaseOptions{"postgres://p/db"},
+		DatabaseOptions: DatabaseOptions{"postgres://p/db", 8},
 		ListenOptions:   ListenOptions{"127.0.0.1:9191", OpsOptions{"127.0.0.1:9192"}},
 		HTTPOptions:     HTTPOptions{BodyLimit: 32 << 20},
 		DeadlineOptions: DeadlineOptions{5 * time.Second, 120 * time.Second, 60 * time.Second, 10 * time.Minute, DrainOptions{30 * time.Second}},
@@ -87,7 +87,7 @@ func TestDefaults(t *testing.T) {
 	if r, err = parseRole(t, env, "worker"); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(workerFlags{DataOptions: DataOptions{"~/.ownllm"}, NATSOptions: want.NATSOptions}, r.Worker, compare...); diff != "" {
+	if diff := cmp.Diff(workerFlags{DataOptions: DataOptions{"~/.ownllm"}, NATSOptions: want.NATSOptions, DatabaseOptions: DatabaseOptions{DatabaseConns: 8}}, r.Worker, compare...); diff != "" {
 		t.Errorf("worker, -want +got:\n%s", diff)
 	}
 }
@@ -114,7 +114,7 @@ func TestFlags(t *testing.T) {
 	}
 	want := edgeFlags{
 		BusOptions:      BusOptions{NATSOptions{"nats://a:4222,tls://b:4222", file, file, file}, TokenOptions{file}},
-		DatabaseOptions: DatabaseOptions{"postgresql://u:p@h/db"},
+		DatabaseOptions: DatabaseOptions{"postgresql://u:p@h/db", 8},
 		ListenOptions:   ListenOptions{"0.0.0.0:0", OpsOptions{"[::1]:9192"}},
 		HTTPOptions: HTTPOptions{
 			file, file, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")},

@@ -12,6 +12,7 @@ import (
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/ingress"
 	"github.com/ownllm/ownllm/broker/keyring"
+	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/broker/quota"
 	"github.com/ownllm/ownllm/broker/roster"
@@ -72,7 +73,23 @@ func (w *owner) assemble(ctx context.Context, store *books.Store, tel *tele, d D
 	w.keys = keyring.New(store, log)
 	w.keys.OnChange(w.roster.Changed)
 	w.desk = desk.New(w.agents, w.feed)
-	return nil
+	return metric.WatchAgents(tel.MeterProvider(), w.countAgents)
+}
+
+// countAgents counts the agents of all tenants by their state.
+func (w *owner) countAgents() map[schemas.AgentState]int64 {
+	count := make(map[schemas.AgentState]int64)
+	for _, a := range w.agents.Agents("") {
+		switch {
+		case a.State != "" && a.State != schemas.AgentBye:
+			count[a.State]++
+		case a.Aside:
+			count[metric.StateAside]++
+		default:
+			count[metric.StateAway]++
+		}
+	}
+	return count
 }
 
 // parts are what has to run before a door can open.

@@ -22,6 +22,7 @@ import (
 
 // upCommand is `ownllm up`.
 type upCommand struct {
+	ConfigOptions
 	DataOptions
 	ListenOptions
 	NATSListen    string `name:"nats-listen" default:"127.0.0.1:4222" placeholder:"ADDR" help:"Address of NATS, for workers on other machines; another free port if it is taken. Default: 127.0.0.1:4222."`
@@ -115,7 +116,7 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 			}
 		}})
 	}
-	store, err := openBooks(ctx, databaseURL)
+	store, err := openBooks(ctx, databaseURL, c.DatabaseConns)
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,7 @@ import (
 
 // workerCommand is `ownllm worker`.
 type workerCommand struct {
+	ConfigOptions
 	BackendOptions
 	PairOptions
 	NATSOptions

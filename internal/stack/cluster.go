@@ -119,7 +119,7 @@ func (c *Cluster) StartNATS() {
 func (c *Cluster) startServer(i int) *Process {
 	c.t.Helper()
 	host, port, _ := strings.Cut(c.addrs[i], ":")
-	text, err := access.ServerConfig(c.token)
+	text, err := access.ServerConfig(c.token, false)
 	if err != nil {
 		c.t.Fatal(err)
 	}

@@ -1,0 +1,58 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// StreamVersion is the version of how this build configures its streams. It is raised when
+// an older build would take something back that a newer one needs.
+const StreamVersion = 1
+
+// streamVersionKey is where a stream says by which version it was configured.
+const streamVersionKey = "ownllm.version"
+
+var (
+	// ErrNewerStream says that a later release has configured a stream.
+	ErrNewerStream = errors.New("a later release of ownllm has configured it; install that one here, too")
+	// ErrMoreReplicas says that a stream has more copies than is asked for.
+	ErrMoreReplicas = errors.New("it has more copies than --queue-replicas asks for; give all brokers the same, or lower it by hand with `nats stream edit`")
+)
+
+// provision creates or updates a stream, unless that would take it back.
+func (q *Queue) provision(ctx context.Context, cfg jetstream.StreamConfig) error {
+	if err := q.mayProvision(ctx, cfg); err != nil {
+		return fmt.Errorf("provision stream %s: %w", cfg.Name, err)
+	}
+	cfg.Metadata = map[string]string{streamVersionKey: strconv.Itoa(StreamVersion)}
+	if _, err := q.js.CreateOrUpdateStream(ctx, cfg); err != nil {
+		return fmt.Errorf("provision stream %s: %w", cfg.Name, err)
+	}
+	return nil
+}
+
+// mayProvision compares a stream that is there with what it would become.
+func (q *Queue) mayProvision(ctx context.Context, cfg jetstream.StreamConfig) error {
+	stream, err := q.js.Stream(ctx, cfg.Name)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	have := stream.CachedInfo().Config
+	if text := have.Metadata[streamVersionKey]; text != "" { // earlier builds said nothing
+		version, err := strconv.Atoi(text)
+		if err != nil || version > StreamVersion {
+			return fmt.Errorf("its configuration is of version %s, and this build knows %d: %w", text, StreamVersion, ErrNewerStream)
+		}
+	}
+	if have.Replicas > cfg.Replicas {
+		return fmt.Errorf("%d copies, not %d: %w", have.Replicas, cfg.Replicas, ErrMoreReplicas)
+	}
+	return nil
+}
