@@ -64,12 +64,20 @@ func StartClusterOn(t testing.TB, databaseURL string, brokerArgs ...string) *Clu
 // StartRouted is StartCluster with three nats-servers in a cluster.
 func StartRouted(t testing.TB, brokerArgs ...string) *Cluster {
 	t.Helper()
-	c := newCluster(t, pgtest.New(t), 3)
+	c := NewRouted(t, pgtest.New(t))
+	c.StartBroker(brokerArgs...)
+	return c
+}
+
+// NewRouted starts three nats-servers in a cluster, and nothing else, on a migrated database
+// that is there already.
+func NewRouted(t testing.TB, databaseURL string) *Cluster {
+	t.Helper()
+	c := newCluster(t, databaseURL, 3)
 	for range c.addrs {
 		c.routed = append(c.routed, FreeAddr(t))
 	}
 	c.StartNATS()
-	c.StartBroker(brokerArgs...)
 	return c
 }
 
@@ -98,9 +106,7 @@ func (c *Cluster) StartNATS() {
 	}
 	c.NATS = c.Servers[0]
 	for _, s := range c.Servers {
-		Until(c.t, startWait, "nats-server", func() bool {
-			return slices.ContainsFunc(s.Log(), func(line string) bool { return strings.Contains(line, "Server is ready") })
-		})
+		s.awaitServer()
 	}
 	if len(c.routed) == 0 {
 		return
@@ -113,6 +119,23 @@ func (c *Cluster) StartNATS() {
 	Until(c.t, startWait, "JetStream to have a leader", func() bool {
 		_, err := core.Request("$JS.API.STREAM.NAMES", nil, time.Second) // only a leader answers
 		return err == nil
+	})
+}
+
+// RestartServer starts one of the nats-servers that has ended, at its address and with its
+// data.
+func (c *Cluster) RestartServer(i int) *Process {
+	c.t.Helper()
+	c.Servers[i] = c.startServer(i)
+	c.Servers[i].awaitServer()
+	return c.Servers[i]
+}
+
+// awaitServer waits until a nats-server takes connections.
+func (p *Process) awaitServer() {
+	p.t.Helper()
+	Until(p.t, startWait, "nats-server", func() bool {
+		return slices.ContainsFunc(p.Log(), func(line string) bool { return strings.Contains(line, "Server is ready") })
 	})
 }
 
@@ -131,7 +154,8 @@ func (c *Cluster) startServer(i int) *Process {
 		for _, addr := range c.routed {
 			routes = append(routes, strconv.Quote("nats://"+user+":"+password+"@"+addr))
 		}
-		text += fmt.Sprintf("server_name: %s\ncluster { name: test, listen: %q, authorization { user: %s, password: %s }, routes: [%s] }\n",
+		// Clients have all addresses. Those that servers tell would lead around a proxy.
+		text += fmt.Sprintf("server_name: %s\ncluster { name: test, no_advertise: true, listen: %q, authorization { user: %s, password: %s }, routes: [%s] }\n",
 			name, c.routed[i], user, password, strings.Join(routes, ", "))
 	}
 	config := filepath.Join(c.dir, name+".conf")
@@ -161,7 +185,7 @@ func (c *Cluster) env() []string {
 // launched is a role that was started, and how to see that it is up.
 type launched struct {
 	*Process
-	opsURL, check string
+	check string
 }
 
 // launch starts one role.
@@ -169,7 +193,8 @@ func (c *Cluster) launch(name string, args ...string) launched {
 	c.t.Helper()
 	ops := FreeAddr(c.t)
 	args = append([]string{name, "--ops-listen", ops}, args...)
-	p := launched{Run(c.t, name, c.env(), Binary(c.t, OwnLLM), args...), "http://" + ops, "/healthz"}
+	p := launched{Run(c.t, name, c.env(), Binary(c.t, OwnLLM), args...), "/healthz"}
+	p.OpsURL = "http://" + ops
 	if name == "edge" {
 		p.check = "/readyz"
 	}
@@ -183,7 +208,7 @@ func (p launched) await() {
 		if !p.Alive() {
 			p.t.Fatalf("ownllm %s has ended: %v", p.name, p.Err())
 		}
-		return Answers(p.opsURL + p.check)
+		return Answers(p.OpsURL + p.check)
 	})
 }
 
@@ -195,10 +220,11 @@ func (c *Cluster) role(name string, args ...string) *Process {
 	return p.Process
 }
 
-// StartBroker starts the broker.
-func (c *Cluster) StartBroker(args ...string) {
+// StartBroker starts a broker, which is Broker from then on.
+func (c *Cluster) StartBroker(args ...string) *Process {
 	c.t.Helper()
 	c.Broker = c.role("broker", args...)
+	return c.Broker
 }
 
 // Edge is an edge of a Cluster.
@@ -206,7 +232,6 @@ type Edge struct {
 	*Process
 	Addr    string
 	BaseURL string
-	OpsURL  string
 }
 
 // StartEdge starts an edge on a free port.
@@ -238,7 +263,7 @@ func (c *Cluster) startEdges(addrs []string, args ...string) []*Edge {
 	for _, addr := range addrs {
 		p := c.launch("edge", append([]string{"--listen", addr}, args...)...)
 		starting = append(starting, p)
-		edges = append(edges, &Edge{p.Process, addr, "http://" + addr + "/v1", p.opsURL})
+		edges = append(edges, &Edge{p.Process, addr, "http://" + addr + "/v1"})
 	}
 	for _, p := range starting {
 		p.await()

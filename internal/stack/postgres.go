@@ -25,7 +25,8 @@ func StartPostgres(t testing.TB) *Postgres {
 	t.Helper()
 	p := &Postgres{t: t, cfg: postgres.Config{
 		DataDir: filepath.Join(t.TempDir(), "postgres"), NoSync: true,
-		Settings: map[string]string{"shared_buffers": "32MB", "max_connections": "200"},
+		// What is committed has to outlive Kill.
+		Settings: map[string]string{"shared_buffers": "32MB", "max_connections": "200", "synchronous_commit": "on"},
 	}}
 	t.Cleanup(func() {
 		if p.server != nil {
@@ -69,6 +70,16 @@ func (p *Postgres) Stop() {
 	if err := p.server.Stop(ctx); err != nil {
 		p.t.Error(err)
 	}
+	p.server = nil
+	p.proxy.Cut()
+}
+
+// Kill ends the server without a warning.
+func (p *Postgres) Kill() {
+	p.t.Helper()
+	now, cancel := context.WithCancel(context.Background())
+	cancel()
+	_ = p.server.Stop(now) // says that it had to be killed
 	p.server = nil
 	p.proxy.Cut()
 }
