@@ -320,17 +320,19 @@ func (l *chaosLoad) awaitGood(t *testing.T, within time.Duration, why string) {
 	l.mu.Lock()
 	clear(l.rows)
 	l.mu.Unlock()
+	began := time.Now()
+	took := make(map[string]time.Duration)
 	stack.Until(t, within, "good replies "+why, func() bool {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		n := 0
-		for _, row := range l.rows {
-			if row >= 3 {
-				n++
+		for name, row := range l.rows {
+			if row >= 3 && took[name] == 0 {
+				took[name] = time.Since(began).Round(100 * time.Millisecond)
 			}
 		}
-		return n == l.clients()
+		return len(took) == l.clients()
 	})
+	t.Logf("all clients have good replies %s, each after %v", why, took)
 }
 
 func (l *chaosLoad) report(t *testing.T) {
@@ -366,17 +368,20 @@ func (l *chaosLoad) result(t *testing.T, id string) (o outcome) {
 // nobody holds anything.
 func (l *chaosLoad) wantSettled(t *testing.T) {
 	t.Helper()
-	ended := make(map[schemas.SubmissionState]int)
+	ended := make(map[string]int)
 	for id, tokens := range l.submitted {
 		o := l.result(t, id)
-		ended[o.State]++
-		if o.State == schemas.SubmissionDone {
+		switch {
+		case o.State == schemas.SubmissionDone:
+			ended["done"]++
 			l.told = append(l.told, told{doorDurable, string(o.Request), tokens, o.Usage.CompletionTokens, true})
 			if o.text() != numbered(tokens) {
 				t.Errorf("submission %s has the text %q", id, o.text())
 			}
-		} else if !mayFail[o.Error.Code] {
-			t.Errorf("submission %s: %+v", id, o.Error)
+		default:
+			if ended[o.Error.Message]++; !mayFail[o.Error.Code] {
+				t.Errorf("submission %s: %+v", id, o.Error)
+			}
 		}
 		if again := l.result(t, id); again.State != o.State || again.Request != o.Request || again.Finished != o.Finished {
 			t.Errorf("submission %s ended as %+v, and then as %+v", id, o, again)

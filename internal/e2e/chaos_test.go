@@ -246,11 +246,9 @@ func TestChaos(t *testing.T) {
 	c.rage(*chaosTime)
 	raged := time.Since(began)
 	l.awaitGood(t, 90*time.Second, "after all is mended")
-	mended := time.Since(began) - raged
 	stop()
 
 	t.Logf("%d faults in %s: %v", len(c.spells), raged.Round(time.Second), c.faults())
-	t.Logf("all clients have good replies again %s after the last", mended.Round(100*time.Millisecond))
 	l.report(t)
 	l.wantSettled(t)
 	stack.Until(t, 20*time.Second, "the backend to be idle", func() bool { return c.backend.Stats().Active == 0 })

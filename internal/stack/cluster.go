@@ -26,6 +26,7 @@ import (
 type Cluster struct {
 	t           testing.TB
 	dir         string
+	store       string   // where the nats-servers have their data
 	addrs       []string // of the nats-servers
 	routed      []string // where these find each other; empty: there is one
 	token       string
@@ -61,6 +62,16 @@ func StartClusterOn(t testing.TB, databaseURL string, brokerArgs ...string) *Clu
 	return c
 }
 
+// StartClusterIn is StartCluster with the data of nats-server in a folder of the caller's.
+func StartClusterIn(t testing.TB, store string, brokerArgs ...string) *Cluster {
+	t.Helper()
+	c := newCluster(t, pgtest.New(t), 1)
+	c.store = store
+	c.StartNATS()
+	c.StartBroker(brokerArgs...)
+	return c
+}
+
 // StartRouted is StartCluster with three nats-servers in a cluster.
 func StartRouted(t testing.TB, brokerArgs ...string) *Cluster {
 	t.Helper()
@@ -83,7 +94,7 @@ func NewRouted(t testing.TB, databaseURL string) *Cluster {
 
 func newCluster(t testing.TB, databaseURL string, servers int) *Cluster {
 	t.Helper()
-	c := &Cluster{t: t, dir: t.TempDir(), token: "bus-secret-of-the-test", DatabaseURL: databaseURL}
+	c := &Cluster{t: t, dir: t.TempDir(), store: t.TempDir(), token: "bus-secret-of-the-test", DatabaseURL: databaseURL}
 	for range servers {
 		c.addrs = append(c.addrs, FreeAddr(t))
 	}
@@ -163,7 +174,7 @@ func (c *Cluster) startServer(i int) *Process {
 		c.t.Fatal(err)
 	}
 	return Run(c.t, name, nil, Binary(c.t, "github.com/nats-io/nats-server/v2"),
-		"-c", config, "-a", host, "-p", port, "-sd", filepath.Join(c.dir, name))
+		"-c", config, "-a", host, "-p", port, "-sd", filepath.Join(c.store, name))
 }
 
 // NATSURL are the addresses of the nats-servers, and Token the secret that opens them.

@@ -23,8 +23,14 @@ type Postgres struct {
 // StartPostgres starts a server. It ends with the test.
 func StartPostgres(t testing.TB) *Postgres {
 	t.Helper()
+	return StartPostgresIn(t, t.TempDir())
+}
+
+// StartPostgresIn is StartPostgres with the data in a folder of the caller's.
+func StartPostgresIn(t testing.TB, dir string) *Postgres {
+	t.Helper()
 	p := &Postgres{t: t, cfg: postgres.Config{
-		DataDir: filepath.Join(t.TempDir(), "postgres"), NoSync: true,
+		DataDir: filepath.Join(dir, "postgres"), NoSync: true,
 		// What is committed has to outlive Kill.
 		Settings: map[string]string{"shared_buffers": "32MB", "max_connections": "200", "synchronous_commit": "on"},
 	}}
@@ -74,7 +80,17 @@ func (p *Postgres) Stop() {
 	p.proxy.Cut()
 }
 
-// Kill ends the server without a warning.
+// Ended reports whether the server has ended by itself.
+func (p *Postgres) Ended() bool {
+	select {
+	case <-p.server.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// Kill ends the server without a warning, if it hasn't ended by itself.
 func (p *Postgres) Kill() {
 	p.t.Helper()
 	now, cancel := context.WithCancel(context.Background())
