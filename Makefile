@@ -10,6 +10,8 @@ LINTER := .bin/golangci-lint-$(LINTER_VERSION)
 
 # How long `make fuzz` gives each target.
 FUZZTIME ?= 10s
+# How long `make chaos` makes faults.
+CHAOS ?= 5m
 # How many packages `make test` tests at once. Most of them start servers, and some look at
 # the clock.
 PARALLEL ?= 2
@@ -79,7 +81,11 @@ bench: ## what the broker costs: requests against direct ones, admissions agains
 	go run ./internal/bench $(ARGS)
 
 .PHONY: chaos
-chaos: ## limits under load, edges killed and frozen, the database gone: as often as it takes to believe it
+chaos: ## three nats-servers, Postgres and all roles fail, one after the other, under mixed load, for CHAOS (5m)
+	$(TEST) -race -v -timeout 6h ./internal/e2e -run '^TestChaos$$' -chaos $(CHAOS)
+
+.PHONY: limits
+limits: ## limits under load, edges killed and frozen, the database gone: as often as it takes to believe it
 	OWNLLM_FULL=1 $(TEST) -race -v -timeout 60m ./internal/e2e \
 		-run 'TestLimitsOverThreeEdges|TestEveryTokenIsAccountedFor|TestKilledEdgesLeakNothing|TestFrozenEdgesDeliverNothingUnbilled|TestPostgresAway'
 

@@ -54,7 +54,11 @@ func (e *Edge) admit(ctx context.Context, c *fiber.Ctx, in *call) (dispatch.Requ
 	if err := e.authenticate(ctx, c, in); err != nil {
 		return none, schemas.Model{}, err
 	}
+	if err := e.uploads.begin(in.identity.Key, in.identity.Concurrency); err != nil {
+		return none, schemas.Model{}, err
+	}
 	body, err := e.readBody(c, in)
+	e.uploads.end(in.identity.Key)
 	if err != nil {
 		return none, schemas.Model{}, err
 	}

@@ -28,7 +28,7 @@ func (e *Edge) onHeaders(h *fasthttp.RequestHeader) fasthttp.RequestConfig {
 		h.Set(headerRefused, "yes")
 		h.Set(fiber.HeaderExpect, "100-continue")
 	}
-	return fasthttp.RequestConfig{}
+	return fasthttp.RequestConfig{ReadTimeout: readTimeout}
 }
 
 // onExpect answers a request that asks before it sends its body.

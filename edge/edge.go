@@ -11,6 +11,7 @@
 package edge
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -55,6 +56,9 @@ type Config struct {
 	CORSOrigins []string
 	// BodyLimit bounds a request body, in bytes.
 	BodyLimit int
+	// HeaderTimeout bounds how long a client may take to send the headers of a request, and
+	// how long a connection may be silent at first; 0 stands for 20 s.
+	HeaderTimeout time.Duration
 	// FailureRate and FailureBurst bound the bad requests of one address: how many it
 	// may make each second, and how many at once.
 	FailureRate  float64
@@ -98,14 +102,17 @@ type Edge struct {
 	failures *failures
 	watch    *watcher
 	clients  *clients
+	uploads  uploads
 	draining atomic.Bool
 	ready    readiness
 	slugs    slugs
 }
 
 const (
-	// readTimeout bounds how long a client may take to send a request.
-	readTimeout = 90 * time.Second
+	// headerTimeout is the default of Config.HeaderTimeout, and readTimeout bounds how long a
+	// client may take to send a body.
+	headerTimeout = 20 * time.Second
+	readTimeout   = 90 * time.Second
 	// idleTimeout is how long a connection may wait for its next request.
 	idleTimeout = 2 * time.Minute
 	// headerLimit bounds the request line and headers, in bytes. Each connection that is open
@@ -115,6 +122,7 @@ const (
 
 // New returns an edge that isn't listening yet.
 func New(cfg Config, parts Parts) *Edge {
+	cfg.HeaderTimeout = cmp.Or(cfg.HeaderTimeout, headerTimeout)
 	e := &Edge{
 		Parts: parts, cfg: cfg, watch: newWatcher(), clients: newClients(),
 		failures: newFailures(cfg.FailureRate, cfg.FailureBurst),
@@ -128,7 +136,7 @@ func New(cfg Config, parts Parts) *Edge {
 		BodyLimit:             cfg.BodyLimit,
 		StreamRequestBody:     true, // the key is checked before a body is read
 		ReadBufferSize:        headerLimit,
-		ReadTimeout:           readTimeout,
+		ReadTimeout:           cfg.HeaderTimeout,
 		IdleTimeout:           idleTimeout,
 		ErrorHandler:          e.fail,
 		// Multipart forms are nobody's business here.

@@ -273,7 +273,7 @@ func (e *Edge) translate(c *fiber.Ctx, err error) *schemas.Error {
 	case fiber.StatusRequestHeaderFieldsTooLarge:
 		return schemas.Errorf(schemas.CodeRequestTooLarge, "The headers are larger than the %d bytes that this server takes.", headerLimit)
 	case fiber.StatusRequestTimeout:
-		return schemas.Errorf(schemas.CodeInvalidValue, "The request didn't come within %s.", readTimeout)
+		return schemas.Errorf(schemas.CodeInvalidValue, "The headers of the request didn't come within %s.", e.cfg.HeaderTimeout)
 	case fiber.StatusInternalServerError:
 		return schemas.AsError(err)
 	}

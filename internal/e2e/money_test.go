@@ -18,7 +18,7 @@ import (
 )
 
 // count is how often something is done: seldom in an ordinary run, and as often as it
-// takes to believe in it if OWNLLM_FULL is set, as `make chaos` does.
+// takes to believe in it if OWNLLM_FULL is set, as `make limits` does.
 func count(seldom, often int) int {
 	if os.Getenv("OWNLLM_FULL") != "" {
 		return often

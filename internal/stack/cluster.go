@@ -26,6 +26,7 @@ import (
 type Cluster struct {
 	t           testing.TB
 	dir         string
+	store       string   // where the nats-servers have their data
 	addrs       []string // of the nats-servers
 	routed      []string // where these find each other; empty: there is one
 	token       string
@@ -61,21 +62,39 @@ func StartClusterOn(t testing.TB, databaseURL string, brokerArgs ...string) *Clu
 	return c
 }
 
-// StartRouted is StartCluster with three nats-servers in a cluster.
-func StartRouted(t testing.TB, brokerArgs ...string) *Cluster {
+// StartClusterIn is StartCluster with the data of nats-server in a folder of the caller's.
+func StartClusterIn(t testing.TB, store string, brokerArgs ...string) *Cluster {
 	t.Helper()
-	c := newCluster(t, pgtest.New(t), 3)
-	for range c.addrs {
-		c.routed = append(c.routed, FreeAddr(t))
-	}
+	c := newCluster(t, pgtest.New(t), 1)
+	c.store = store
 	c.StartNATS()
 	c.StartBroker(brokerArgs...)
 	return c
 }
 
+// StartRouted is StartCluster with three nats-servers in a cluster.
+func StartRouted(t testing.TB, brokerArgs ...string) *Cluster {
+	t.Helper()
+	c := NewRouted(t, pgtest.New(t))
+	c.StartBroker(brokerArgs...)
+	return c
+}
+
+// NewRouted starts three nats-servers in a cluster, and nothing else, on a migrated database
+// that is there already.
+func NewRouted(t testing.TB, databaseURL string) *Cluster {
+	t.Helper()
+	c := newCluster(t, databaseURL, 3)
+	for range c.addrs {
+		c.routed = append(c.routed, FreeAddr(t))
+	}
+	c.StartNATS()
+	return c
+}
+
 func newCluster(t testing.TB, databaseURL string, servers int) *Cluster {
 	t.Helper()
-	c := &Cluster{t: t, dir: t.TempDir(), token: "bus-secret-of-the-test", DatabaseURL: databaseURL}
+	c := &Cluster{t: t, dir: t.TempDir(), store: t.TempDir(), token: "bus-secret-of-the-test", DatabaseURL: databaseURL}
 	for range servers {
 		c.addrs = append(c.addrs, FreeAddr(t))
 	}
@@ -98,9 +117,7 @@ func (c *Cluster) StartNATS() {
 	}
 	c.NATS = c.Servers[0]
 	for _, s := range c.Servers {
-		Until(c.t, startWait, "nats-server", func() bool {
-			return slices.ContainsFunc(s.Log(), func(line string) bool { return strings.Contains(line, "Server is ready") })
-		})
+		s.awaitServer()
 	}
 	if len(c.routed) == 0 {
 		return
@@ -113,6 +130,23 @@ func (c *Cluster) StartNATS() {
 	Until(c.t, startWait, "JetStream to have a leader", func() bool {
 		_, err := core.Request("$JS.API.STREAM.NAMES", nil, time.Second) // only a leader answers
 		return err == nil
+	})
+}
+
+// RestartServer starts one of the nats-servers that has ended, at its address and with its
+// data.
+func (c *Cluster) RestartServer(i int) *Process {
+	c.t.Helper()
+	c.Servers[i] = c.startServer(i)
+	c.Servers[i].awaitServer()
+	return c.Servers[i]
+}
+
+// awaitServer waits until a nats-server takes connections.
+func (p *Process) awaitServer() {
+	p.t.Helper()
+	Until(p.t, startWait, "nats-server", func() bool {
+		return slices.ContainsFunc(p.Log(), func(line string) bool { return strings.Contains(line, "Server is ready") })
 	})
 }
 
@@ -131,7 +165,8 @@ func (c *Cluster) startServer(i int) *Process {
 		for _, addr := range c.routed {
 			routes = append(routes, strconv.Quote("nats://"+user+":"+password+"@"+addr))
 		}
-		text += fmt.Sprintf("server_name: %s\ncluster { name: test, listen: %q, authorization { user: %s, password: %s }, routes: [%s] }\n",
+		// Clients have all addresses. Those that servers tell would lead around a proxy.
+		text += fmt.Sprintf("server_name: %s\ncluster { name: test, no_advertise: true, listen: %q, authorization { user: %s, password: %s }, routes: [%s] }\n",
 			name, c.routed[i], user, password, strings.Join(routes, ", "))
 	}
 	config := filepath.Join(c.dir, name+".conf")
@@ -139,7 +174,7 @@ func (c *Cluster) startServer(i int) *Process {
 		c.t.Fatal(err)
 	}
 	return Run(c.t, name, nil, Binary(c.t, "github.com/nats-io/nats-server/v2"),
-		"-c", config, "-a", host, "-p", port, "-sd", filepath.Join(c.dir, name))
+		"-c", config, "-a", host, "-p", port, "-sd", filepath.Join(c.store, name))
 }
 
 // NATSURL are the addresses of the nats-servers, and Token the secret that opens them.
@@ -161,7 +196,7 @@ func (c *Cluster) env() []string {
 // launched is a role that was started, and how to see that it is up.
 type launched struct {
 	*Process
-	opsURL, check string
+	check string
 }
 
 // launch starts one role.
@@ -169,7 +204,8 @@ func (c *Cluster) launch(name string, args ...string) launched {
 	c.t.Helper()
 	ops := FreeAddr(c.t)
 	args = append([]string{name, "--ops-listen", ops}, args...)
-	p := launched{Run(c.t, name, c.env(), Binary(c.t, OwnLLM), args...), "http://" + ops, "/healthz"}
+	p := launched{Run(c.t, name, c.env(), Binary(c.t, OwnLLM), args...), "/healthz"}
+	p.OpsURL = "http://" + ops
 	if name == "edge" {
 		p.check = "/readyz"
 	}
@@ -183,7 +219,7 @@ func (p launched) await() {
 		if !p.Alive() {
 			p.t.Fatalf("ownllm %s has ended: %v", p.name, p.Err())
 		}
-		return Answers(p.opsURL + p.check)
+		return Answers(p.OpsURL + p.check)
 	})
 }
 
@@ -195,10 +231,11 @@ func (c *Cluster) role(name string, args ...string) *Process {
 	return p.Process
 }
 
-// StartBroker starts the broker.
-func (c *Cluster) StartBroker(args ...string) {
+// StartBroker starts a broker, which is Broker from then on.
+func (c *Cluster) StartBroker(args ...string) *Process {
 	c.t.Helper()
 	c.Broker = c.role("broker", args...)
+	return c.Broker
 }
 
 // Edge is an edge of a Cluster.
@@ -206,7 +243,6 @@ type Edge struct {
 	*Process
 	Addr    string
 	BaseURL string
-	OpsURL  string
 }
 
 // StartEdge starts an edge on a free port.
@@ -238,7 +274,7 @@ func (c *Cluster) startEdges(addrs []string, args ...string) []*Edge {
 	for _, addr := range addrs {
 		p := c.launch("edge", append([]string{"--listen", addr}, args...)...)
 		starting = append(starting, p)
-		edges = append(edges, &Edge{p.Process, addr, "http://" + addr + "/v1", p.opsURL})
+		edges = append(edges, &Edge{p.Process, addr, "http://" + addr + "/v1"})
 	}
 	for _, p := range starting {
 		p.await()

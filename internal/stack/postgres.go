@@ -24,24 +24,31 @@ type Postgres struct {
 	Address string // of a migrated database
 }
 
-// StartPostgres starts a server, which may be stopped but not killed: it flushes nothing to
-// the disk. It ends with the test.
+// StartPostgres starts a server, which gives what it commits to the kernel and no further.
+// It ends with the test.
 func StartPostgres(t testing.TB) *Postgres {
 	t.Helper()
-	return startPostgres(t, true)
+	return startPostgres(t, t.TempDir(), true)
 }
 
-// StartMortalPostgres starts a server that may be killed, too.
+// StartPostgresIn is StartPostgres with the data in a folder of the caller's.
+func StartPostgresIn(t testing.TB, dir string) *Postgres {
+	t.Helper()
+	return startPostgres(t, dir, true)
+}
+
+// StartMortalPostgres starts a server that flushes what it commits to the disk.
 func StartMortalPostgres(t testing.TB) *Postgres {
 	t.Helper()
-	return startPostgres(t, false)
+	return startPostgres(t, t.TempDir(), false)
 }
 
-func startPostgres(t testing.TB, noSync bool) *Postgres {
+func startPostgres(t testing.TB, dir string, noSync bool) *Postgres {
 	t.Helper()
 	p := &Postgres{t: t, cfg: postgres.Config{
-		DataDir: filepath.Join(t.TempDir(), "postgres"), NoSync: noSync,
-		Settings: map[string]string{"shared_buffers": "32MB", "max_connections": "200"},
+		DataDir: filepath.Join(dir, "postgres"), NoSync: noSync,
+		// What is committed has to outlive Kill.
+		Settings: map[string]string{"shared_buffers": "32MB", "max_connections": "200", "synchronous_commit": "on"},
 	}}
 	t.Cleanup(func() {
 		if p.server != nil {
@@ -89,9 +96,33 @@ func (p *Postgres) Stop() {
 	p.proxy.Cut()
 }
 
-// Kill ends the server by SIGKILL, and with it every connection. It ends the server process
-// itself; the others of the cluster see that and go.
+// Ended reports whether the server has ended by itself.
+func (p *Postgres) Ended() bool {
+	select {
+	case <-p.server.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// Kill ends the server by SIGKILL, if it hasn't ended by itself, and with it every
+// connection. It ends the server process itself; the others of the cluster see that and go.
 func (p *Postgres) Kill() {
+	p.t.Helper()
+	if !p.Ended() {
+		p.kill()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), stopWait)
+	defer cancel()
+	if err := p.server.Stop(ctx); err == nil { // which gives the data back
+		p.t.Error("a server that was killed has ended in an orderly way")
+	}
+	p.server = nil
+	p.proxy.Cut()
+}
+
+func (p *Postgres) kill() {
 	p.t.Helper()
 	files, err := filepath.Glob(filepath.Join(p.cfg.DataDir, "*", "postmaster.pid"))
 	if err != nil || len(files) != 1 {
@@ -109,11 +140,4 @@ func (p *Postgres) Kill() {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		p.t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), stopWait)
-	defer cancel()
-	if err := p.server.Stop(ctx); err == nil { // which gives the data back
-		p.t.Error("a server that was killed has ended in an orderly way")
-	}
-	p.server = nil
-	p.proxy.Cut()
 }

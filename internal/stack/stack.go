@@ -91,6 +91,9 @@ func (t Tests) Run() int {
 
 // Process is a process that a test started.
 type Process struct {
+	// OpsURL is the address for operators of a role of a Cluster.
+	OpsURL string
+
 	t    testing.TB
 	name string
 	cmd  *exec.Cmd
