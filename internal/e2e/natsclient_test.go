@@ -308,8 +308,9 @@ func TestNATSClientsOutliveRestarts(t *testing.T) {
 		}
 		submit(n, true)
 	}
-	if n := backend.Stats().Finished; n != int64(len(clients)) {
-		t.Errorf("%d replies came to their ends, want %d", n, len(clients))
+	// The run that the broker was killed in may have come to its end without it.
+	if n := backend.Stats().Finished - int64(len(clients)); n < 0 || n > 1 {
+		t.Errorf("%d replies more came to their ends than were submitted", n)
 	}
 }
 
