@@ -55,7 +55,7 @@ type refusals struct {
 	emptyQueue               func()
 }
 
-func newRefusals(t *testing.T) *refusals {
+func newRefusals(t *testing.T, brokerArgs ...string) *refusals {
 	backend := stack.StartBackend(t, demo.Options{Models: []schemas.Model{
 		demo.DefaultModel(), model(busyModel, nil), model(coldModel, nil), model(dearModel, nil),
 		model(plainModel, func(m *schemas.Model) {
@@ -70,7 +70,7 @@ func newRefusals(t *testing.T) *refusals {
 	other := func(id string) string {
 		return stack.StartBackend(t, demo.Options{Models: []schemas.Model{model(id, nil)}}).URL
 	}
-	r := &refusals{t: t, backend: backend, Cluster: stack.StartCluster(t, "--queue-bound", strconv.Itoa(queueBound))}
+	r := &refusals{t: t, backend: backend, Cluster: stack.StartCluster(t, append(brokerArgs, "--queue-bound", strconv.Itoa(queueBound))...)}
 	many := []string{"--failure-rate", "10000", "--failure-burst", "10000", "--body-limit", "1MB"}
 	r.StartWorker(backend.URL)
 	leaving := r.StartWorker(other(awayModel))
