@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -86,7 +87,7 @@ func measureEstate(ctx context.Context, c config, e estate, dir string, stderr i
 		return nil, err
 	}
 	defer fleet.close()
-	if err := s.gather(ctx, e.Agents); err != nil {
+	if err := s.gather(ctx, fleet, e.Agents); err != nil {
 		return nil, err
 	}
 	if _, err := s.load(ctx, t, scaleWork, warmUp+c.duration/2); err != nil {
@@ -169,7 +170,7 @@ func (s *stack) enlist(ctx context.Context, agents []Enlisted, stderr io.Writer)
 }
 
 // gather waits until so many agents more than that of `ownllm up` are there.
-func (s *stack) gather(ctx context.Context, agents int) error {
+func (s *stack) gather(ctx context.Context, fleet *process, agents int) error {
 	client, err := adminapi.NewClient(s.ready.AdminURL, secret.String(s.ready.AdminToken))
 	if err != nil {
 		return err
@@ -195,6 +196,8 @@ func (s *stack) gather(ctx context.Context, agents int) error {
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("of %d agents only %d came", agents, here-1)
+		case <-fleet.done:
+			return errors.New("the fleet has ended")
 		case <-look.C:
 		}
 	}
