@@ -99,15 +99,18 @@ type size struct {
 	pacedFor time.Duration // how long each side has them
 	waiting  string        // backlogs of durable requests, those of BenchmarkSubmission
 	estates  []estate
+	// rest is how long what is open, or new, or idle, is left alone: until memory is looked
+	// at, say, so that there was time for a collection of garbage.
+	rest time.Duration
 }
 
 var (
 	full = size{
-		open: 5_000, paced: 2_000, pacedFor: 10 * time.Second, waiting: "1|1000|100000",
+		open: 5_000, paced: 2_000, pacedFor: 10 * time.Second, waiting: "1|1000|100000", rest: 5 * time.Second,
 		estates: []estate{{10, 10, 10}, {10, 10, 1_000}, {10_000, 10_000, 10}, {10_000, 10_000, 1_000}},
 	}
 	small = size{
-		open: 100, paced: 50, pacedFor: 800 * time.Millisecond, waiting: "1|1000",
+		open: 100, paced: 50, pacedFor: 800 * time.Millisecond, waiting: "1|1000", rest: 500 * time.Millisecond,
 		estates: []estate{{2, 2, 2}, {20, 20, 10}},
 	}
 )
