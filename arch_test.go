@@ -90,7 +90,8 @@ var floors = []struct {
 	{[]string{"internal/load"}, []string{"internal/load", "internal/secret", "schemas"}},
 	{[]string{"internal/command"}, []string{"edge", "worker", "broker", "schemas", "internal/adminapi", "internal/load", "internal/postgres", "internal/secret", "internal/telemetry"}},
 	{[]string{"."}, []string{"internal/command"}},
-	{[]string{"internal/bench"}, []string{"internal/adminapi", "internal/load", "internal/secret"}},
+	// It founds tenants by the thousand, and runs workers by the thousand in one process.
+	{[]string{"internal/bench"}, []string{"worker", "broker", "schemas", "internal/adminapi", "internal/load", "internal/secret"}},
 	{helpers, []string{"worker", "broker", "schemas", "internal"}},
 }
 

@@ -45,6 +45,27 @@ func TestQuick(t *testing.T) {
 			t.Errorf("%+v: %d rounds, want 1", c, len(rounds))
 		}
 	}
+	if s := r.Streams; s == nil || s.Open.Streams != small.open || s.Open.Broker <= 0 || s.Open.Idle <= 0 || len(s.Paced.Rounds) != 1 {
+		t.Errorf("streams: %+v", s)
+	} else {
+		for side, g := range map[string]Gap{"direct": s.Paced.Rounds[0].Direct, "proxy": s.Paced.Rounds[0].Proxy, "broker": s.Paced.Rounds[0].Broker} {
+			// On a machine that is overrun tokens come in heaps, but never faster than they are made.
+			if g.P99 < g.P50 || g.P99 < 1000/tokenRate/2 || g.Cores <= 0 {
+				t.Errorf("paced, %s: %+v", side, g)
+			}
+		}
+	}
+	if len(r.Scale) != len(small.estates) {
+		t.Errorf("scale: %+v", r.Scale)
+	}
+	for i, s := range r.Scale {
+		if s.estate != small.estates[i] || len(s.Rounds) != 1 || s.Rounds[0].CPUBroker <= 0 || s.Rounds[0].CPUPostgres <= 0 {
+			t.Errorf("scale: %+v", s)
+		}
+	}
+	if s := r.Submissions; s == nil || len(s.Backlogs) != 2 || s.Backlogs[1].Waiting != 1000 || len(s.Backlogs[1].Rounds) != 1 {
+		t.Errorf("submissions: %+v", s)
+	}
 	// Admission alone is one round trip and its settlement another, however busy the machine.
 	if p := r.Admissions.find(alone)[0]; p.Trips != 2 {
 		t.Errorf("%v round trips for an admission and a settlement", p.Trips)
@@ -53,7 +74,8 @@ func TestQuick(t *testing.T) {
 	if err := r.writeText(&text); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{r.Commit, "stream, 256 tokens, 32 clients", "whole,   32 tokens,  1 client", "p99", "ownllm up", "1000 keys,  32 waiters", "   1 key,    1 waiter "} {
+	for _, want := range []string{r.Commit, "stream, 256 tokens, 32 clients", "whole,   32 tokens,  1 client", "p99", "ownllm up", "1000 keys,  32 waiters", "   1 key,    1 waiter ",
+		"50 streams of 20 tokens/s", "each of 100 open streams", "1000 waiting", "cores busy when idle"} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("the text lacks %q:\n%s", want, &text)
 		}
@@ -77,6 +99,27 @@ func TestParseStat(t *testing.T) {
 	}
 	if got := parseStat("1 (cut"); got.own != 0 {
 		t.Errorf("a line that was cut off gives %+v", got)
+	}
+}
+
+func TestParseResident(t *testing.T) {
+	for status, want := range map[string]int64{
+		"Name:\townllm\nVmHWM:\t  900000 kB\nVmRSS:\t  345600 kB\nRssAnon:\t 1 kB\n": 345600 << 10,
+		"Name:\tzombie\n": 0,
+		"":                0,
+	} {
+		if got := parseResident(status); got != want {
+			t.Errorf("parseResident(%q) = %d, want %d", status, got, want)
+		}
+	}
+}
+
+func TestCheckFiles(t *testing.T) {
+	if err := checkFiles(1); err != nil {
+		t.Error(err)
+	}
+	if err := checkFiles(1 << 40); err == nil || !strings.Contains(err.Error(), "ulimit") {
+		t.Errorf("for too many streams the error is %v", err)
 	}
 }
 

@@ -1,10 +1,13 @@
 // Command bench measures what the broker costs. It sends the same requests to the demo
 // backend directly, through a bare httputil.ReverseProxy and through `ownllm up`, in turns,
-// and prints them side by side; then it does the same with admissions and bare UPDATEs.
+// and prints them side by side; it does the same with thousands of streams at a reader's
+// pace, and looks at the memory that open ones take; then with admissions and bare UPDATEs.
+// Last it sees what a request costs among many tenants, keys and agents, and a durable one
+// behind many that wait.
 //
 //	go run ./internal/bench                    five rounds of two seconds for each figure
 //	go run ./internal/bench -quick             one short round, to see that it works
-//	go run ./internal/bench -only admissions   one of the two parts
+//	go run ./internal/bench -only admissions   one of the parts
 //	go run ./internal/bench -profile DIR       CPU and allocation profiles of the broker too
 //
 // # Requests
@@ -28,6 +31,27 @@
 //
 // Every request is admitted and settled in full: the model has a price, the key a budget,
 // and tenant and key have limits, all of them higher than anything that is measured.
+//
+// # Streams
+//
+// Streams arrive evenly and last equally long, so that as many are open at any time, and
+// their tokens fall evenly into time. An inter-token latency counts if its stream began in
+// the window. Those that are held open bring a token a second; memory is looked at once the
+// backend runs all of them and 5 s more have passed. `ownllm up` has the agent's slots and
+// queue raised above their number. It takes two open files in one process for each of them.
+//
+// # Scale
+//
+// Each estate has a stack of its own, so its rounds aren't in turns with those of others:
+// compare CPU times rather than rates. Its agents are workers as they are, in one process
+// apart, each with two connections, its heartbeats, its consumer and its pulls; all of
+// them have the same model, on one backend. With 10 tenants and 1,000 agents each tenant has
+// 100; with 10,000 tenants the first 1,000 have one, and the keys.
+//
+// # Durable requests
+//
+// BenchmarkSubmission in broker/books submits, claims, admits, settles and ends one request
+// after the other, behind a backlog of 1, 1,000 and 100,000 of up to 50 keys.
 //
 // # Admissions
 //
@@ -75,15 +99,18 @@ type size struct {
 	pacedFor time.Duration // how long each side has them
 	waiting  string        // backlogs of durable requests, those of BenchmarkSubmission
 	estates  []estate
+	// rest is how long what is open, or new, or idle, is left alone: until memory is looked
+	// at, say, so that there was time for a collection of garbage.
+	rest time.Duration
 }
 
 var (
 	full = size{
-		open: 5_000, paced: 2_000, pacedFor: 10 * time.Second, waiting: "1|1000|100000",
+		open: 5_000, paced: 2_000, pacedFor: 10 * time.Second, waiting: "1|1000|100000", rest: 5 * time.Second,
 		estates: []estate{{10, 10, 10}, {10, 10, 1_000}, {10_000, 10_000, 10}, {10_000, 10_000, 1_000}},
 	}
 	small = size{
-		open: 100, paced: 50, pacedFor: 800 * time.Millisecond, waiting: "1|1000",
+		open: 100, paced: 50, pacedFor: 800 * time.Millisecond, waiting: "1|1000", rest: 500 * time.Millisecond,
 		estates: []estate{{2, 2, 2}, {20, 20, 10}},
 	}
 )

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -51,9 +52,7 @@ const (
 	founders = 16
 	// gatherWait bounds the time until all agents are there.
 	gatherWait = 3 * time.Minute
-	// settleFor is how long a new estate is left alone, and idleFor how long it is watched
-	// while nothing is asked for.
-	settleFor, idleFor = 3 * time.Second, 2 * time.Second
+	gatherLook = 300 * time.Millisecond
 )
 
 // measureScale measures each estate on a stack of its own.
@@ -86,14 +85,17 @@ func measureEstate(ctx context.Context, c config, e estate, dir string, stderr i
 		return nil, err
 	}
 	defer fleet.close()
-	if err := s.gather(ctx, e.Agents); err != nil {
+	if err := s.gather(ctx, fleet, e.Agents); err != nil {
+		return nil, err
+	}
+	if err := pause(ctx, c.size.rest); err != nil {
 		return nil, err
 	}
 	if _, err := s.load(ctx, t, scaleWork, warmUp+c.duration/2); err != nil {
 		return nil, err
 	}
 	result := &Scaled{estate: e}
-	if result.Idle, err = s.idle(ctx, t); err != nil {
+	if result.Idle, err = s.idle(ctx, t, c.size.rest); err != nil {
 		return nil, err
 	}
 	for range c.rounds {
@@ -169,7 +171,7 @@ func (s *stack) enlist(ctx context.Context, agents []Enlisted, stderr io.Writer)
 }
 
 // gather waits until so many agents more than that of `ownllm up` are there.
-func (s *stack) gather(ctx context.Context, agents int) error {
+func (s *stack) gather(ctx context.Context, fleet *process, agents int) error {
 	client, err := adminapi.NewClient(s.ready.AdminURL, secret.String(s.ready.AdminToken))
 	if err != nil {
 		return err
@@ -177,7 +179,7 @@ func (s *stack) gather(ctx context.Context, agents int) error {
 	defer client.Close()
 	ctx, cancel := context.WithTimeout(ctx, gatherWait)
 	defer cancel()
-	look := time.NewTicker(settleFor / 6)
+	look := time.NewTicker(gatherLook)
 	defer look.Stop()
 	for here := 0; ; here = 0 {
 		list, err := client.Agents(ctx, "")
@@ -190,20 +192,22 @@ func (s *stack) gather(ctx context.Context, agents int) error {
 			}
 		}
 		if here > agents {
-			return pause(ctx, settleFor)
+			return nil
 		}
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("of %d agents only %d came", agents, here-1)
+		case <-fleet.done:
+			return errors.New("the fleet has ended")
 		case <-look.C:
 		}
 	}
 }
 
-// idle is how many cores the broker and Postgres keep busy for nothing.
-func (s *stack) idle(ctx context.Context, t target) (float64, error) {
+// idle is how many cores the broker and Postgres keep busy for nothing, seen for so long.
+func (s *stack) idle(ctx context.Context, t target, d time.Duration) (float64, error) {
 	before, start := s.spent(t), time.Now()
-	if err := pause(ctx, idleFor); err != nil {
+	if err := pause(ctx, d); err != nil {
 		return 0, err
 	}
 	used := s.spent(t).minus(before)

@@ -67,9 +67,6 @@ const (
 	// their pace: they are open, and little else.
 	openPerSecond = 500
 	openRate      = 1
-	// openHold is how long all streams stay open before memory is looked at, so that
-	// there was time for a collection of garbage.
-	openHold = 5 * time.Second
 	// filesPerStream is how many open files the process with the most of them has for each
 	// stream: `ownllm up` and the proxy have the connections to client and backend.
 	filesPerStream, filesElse = 2, 500
@@ -108,10 +105,10 @@ func measureStreams(ctx context.Context, c config, dir string, stderr io.Writer)
 		}
 	}
 	result := &Streams{Open: Open{Streams: c.size.open}, Paced: Paced{Streams: c.size.paced, TokensPerSecond: tokenRate}}
-	if result.Open.Proxy, _, err = s.hold(ctx, s.bare, c.size.open, ""); err != nil {
+	if result.Open.Proxy, _, err = s.hold(ctx, s.bare, c.size, ""); err != nil {
 		return nil, err
 	}
-	if result.Open.Broker, result.Open.Idle, err = s.hold(ctx, s.through, c.size.open, c.profile); err != nil {
+	if result.Open.Broker, result.Open.Idle, err = s.hold(ctx, s.through, c.size, c.profile); err != nil {
 		return nil, err
 	}
 	fmt.Fprintln(stderr, "streams: opened and held")
@@ -165,10 +162,11 @@ var (
 	errLost = errors.New("some have ended")
 )
 
-// hold opens n slow streams, waits until the backend runs them all, and returns by how much what serves the target has grown for
+// hold opens slow streams, waits until the backend runs them all, and returns by how much what serves the target has grown for
 // each, and what it had before. It ends them by leaving. With profile, a folder, what the
 // broker's heap holds at that time is saved there.
-func (s *stack) hold(ctx context.Context, t target, n int, profile string) (each, idle int64, err error) {
+func (s *stack) hold(ctx context.Context, t target, size size, profile string) (each, idle int64, err error) {
+	n := size.open
 	pid := s.proxy.pid()
 	if t.addr == s.through.addr {
 		pid = s.broker.pid()
@@ -192,7 +190,7 @@ func (s *stack) hold(ctx context.Context, t target, n int, profile string) (each
 			} else if active >= p.Point.InFlight {
 				full = time.Now()
 			}
-		case held == 0 && time.Since(full) >= openHold:
+		case held == 0 && time.Since(full) >= size.rest:
 			held, grown = p.Point.InFlight, resident(pid)-idle
 			if profile != "" {
 				if err := s.saveHeap(ctx, profile); err != nil {

@@ -71,7 +71,7 @@ func (s *Submissions) add(round int, printed []byte) error {
 			return fmt.Errorf("not a result: %q", line)
 		}
 		waiting, _ := strconv.Atoi(name[1]) // all of them are digits
-		cost, err := parseCost(fields[2:])
+		cost, err := parseCost(fields[min(len(fields), 2):])
 		if err != nil {
 			return err
 		}
