@@ -154,8 +154,8 @@ func TestLimitThatIsRaisedInTime(t *testing.T) {
 	h, s := one(t, demo.Options{}, 1)
 	o := h.owner()
 	job := o.job(time.Now().Add(time.Minute))
-	job.Limit, job.More = 40, true
-	o.ask(job, wish(t, nil, numbered(400, 2*time.Second)))
+	job.Limit, job.More = 160, true // half of that lasts for 0.8 s
+	o.ask(job, wish(t, nil, numbered(400, 4*time.Second)))
 	r := o.hear()
 	limit := job.Limit
 	for r.last.Kind == "" {

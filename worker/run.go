@@ -168,7 +168,8 @@ const (
 // lookOut looks, until stop is called, whether the model has left memory without the
 // worker's knowing, so that the backend loads it before it answers. Then the request waits
 // for that load as it would have from the start, and is given up, by end, once it has waited
-// for long enough. The worker asks for the load, too, so that it outlives the request.
+// for long enough. The worker asks for the load, too: so it outlives the request, and a model
+// that is in memory after all ends no request, since asking for it takes no time.
 func (r *run) lookOut(ctx context.Context, end context.CancelCauseFunc) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	began, done := time.Now(), make(chan struct{})
@@ -186,7 +187,7 @@ func (r *run) lookOut(ctx context.Context, end context.CancelCauseFunc) (stop fu
 				cold = 0
 			} else if cold++; cold == 2 {
 				r.claim(true)
-				if err := r.warm(ctx, p, r.coldWait()-time.Since(began)); err != nil && ctx.Err() == nil {
+				if err := r.warm(ctx, p, max(r.coldWait()-time.Since(began), lookEvery)); err != nil && ctx.Err() == nil {
 					end(err)
 					return
 				}

@@ -30,7 +30,7 @@ func startRealModel(t *testing.T) *realModel {
 		t.Fatalf("%v: run scripts/setup first", err)
 	}
 	m := &realModel{Process: stack.Run(t, "llama.cpp", nil, scripts+".venv/bin/python", scripts+"realmodel/serve.py", "--threads", "1", "--context", "1024")}
-	stack.Until(t, time.Minute, "the real model", func() bool {
+	stack.Until(t, 3*time.Minute, "the real model", func() bool {
 		if !m.Alive() {
 			t.Fatalf("the real model has ended: %v", m.Err())
 		}
