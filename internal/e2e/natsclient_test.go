@@ -188,7 +188,7 @@ func TestNATSClients(t *testing.T) {
 	brokerArgs := []string{"--cold-wait", "300ms", "--first-token-timeout", "2s", "--idle-timeout", "2s", "--drain-timeout", "1s"}
 	r := newRefusals(t, brokerArgs...)
 	held := r.backend.Stats().Active
-	lasting := chatWith(`"stream":true`, `"demo":{"tokens":100000,"numbered":true,"tokens_per_second":50}`)
+	const endless = `"demo":{"tokens":100000,"numbered":true,"tokens_per_second":50}`
 	for _, c := range clients {
 		t.Run(c.name+" streams", func(t *testing.T) {
 			for _, stream := range []string{"true", "false"} {
@@ -204,7 +204,7 @@ func TestNATSClients(t *testing.T) {
 			}
 		})
 		t.Run(c.name+" cancels", func(t *testing.T) {
-			got := c.run(t, r.NATSURL(), r.keys["good"], "", "chat", lasting, "20")
+			got := c.run(t, r.NATSURL(), r.keys["good"], "", "chat", chatWith(`"stream":true`, endless), "20")
 			a := got.refusal(t)
 			if a.Error.Code != schemas.CodeNotFound || !strings.Contains(a.Error.Message, "cancelled") || tokensOf(got.stdout) < 19 {
 				t.Errorf("%+v, %q", a.Error, got.stdout)
@@ -236,7 +236,10 @@ func TestNATSClients(t *testing.T) {
 		ends := make([]ran, len(clients))
 		var running sync.WaitGroup
 		for i, c := range clients {
-			running.Go(func() { ends[i] = c.run(t, r.NATSURL(), r.keys["good"], "", "chat", lasting) })
+			model := []string{demo.ModelID, demo.ModelID, dearModel}[i] // the first has no room for more
+			running.Go(func() {
+				ends[i] = c.run(t, r.NATSURL(), r.keys["good"], "", "chat", chatWith(`"model":"`+model+`"`, `"stream":true`, endless))
+			})
 		}
 		stack.Until(t, 30*time.Second, "the replies to run", func() bool { return r.backend.Stats().Active == before+int64(len(clients)) })
 		if err := r.Broker.Stop(); err != nil {
