@@ -66,9 +66,10 @@ func (s *Scheduler) execute(ctx context.Context, c *books.Claim, req dispatch.Re
 	// Recorded before it is waited for the books' settlement: should this process die in
 	// between, the request isn't run again, and its worker reports what it cost.
 	recorded := s.end(ctx, c, books.End{Request: req.ID, Completion: completion, Usage: reply.Usage()})
+	reply.Close()
+	s.publish(ctx, c, recorded)
 	desk.Settle(reply)
 	desk.Record(ctx, series, reply, metric.CodeOK, false)
-	s.publish(ctx, c, recorded)
 	return nil
 }
 
