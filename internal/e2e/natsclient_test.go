@@ -185,7 +185,7 @@ func TestNATSClients(t *testing.T) {
 			t.Errorf("%s: provoked %v, though %q", info.Code, heard[info.Code], unheard[info.Code])
 		}
 	}
-	brokerArgs := []string{"--cold-wait", "300ms", "--first-token-timeout", "2s", "--idle-timeout", "2s", "--drain-timeout", "1s"}
+	brokerArgs := []string{"--cold-wait", "300ms", "--first-token-timeout", "4s", "--idle-timeout", "4s", "--drain-timeout", "1s"}
 	r := newRefusals(t, brokerArgs...)
 	held := r.backend.Stats().Active
 	const endless = `"demo":{"tokens":100000,"numbered":true,"tokens_per_second":50}`
@@ -209,7 +209,7 @@ func TestNATSClients(t *testing.T) {
 			if a.Error.Code != schemas.CodeNotFound || !strings.Contains(a.Error.Message, "cancelled") || tokensOf(got.stdout) < 19 {
 				t.Errorf("%+v, %q", a.Error, got.stdout)
 			}
-			stack.Until(t, 3*time.Second, "the backend to stop", func() bool { return r.backend.Stats().Active == held })
+			stack.Until(t, 10*time.Second, "the backend to stop", func() bool { return r.backend.Stats().Active == held })
 		})
 	}
 	t.Run("errors", func(t *testing.T) {
@@ -389,7 +389,7 @@ func TestNATSCommand(t *testing.T) {
 	if got := <-ended; got.code != 1 || !strings.Contains(got.stdout, "cancelled") {
 		t.Errorf("exit code %d, %.200q", got.code, got.stdout)
 	}
-	stack.Until(t, 3*time.Second, "the backend to stop", func() bool { return backend.Stats().Active == 0 })
+	stack.Until(t, 10*time.Second, "the backend to stop", func() bool { return backend.Stats().Active == 0 })
 }
 
 // TestNATSClientsNoticeWhatIsMissing plays a broker that is bad at it.
