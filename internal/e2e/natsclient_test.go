@@ -167,7 +167,7 @@ var unheard = map[schemas.Code]string{
 	schemas.CodeUserDeactivated:  "can't connect",
 	schemas.CodeTooManyFailures:  "HTTP only",
 	schemas.CodeMethodNotAllowed: "HTTP only",
-	schemas.CodeRequestTooLarge:  "refused by the client, which knows what the bus carries",
+	schemas.CodeRequestTooLarge:  "tried at the end, by a server with a low limit",
 	schemas.CodeInternalError:    "tried at the end, by a broker that stops",
 }
 
@@ -253,6 +253,15 @@ func TestNATSClients(t *testing.T) {
 		}
 	})
 	r.emptyQueue()
+	t.Run("a low limit", func(t *testing.T) {
+		up := stack.StartUp(t, t.TempDir(), "--backend", "demo", "--body-limit", "2KB")
+		for _, c := range clients {
+			got := c.run(t, up.NATSURL, up.APIKey, chatWith(`"padding":"`+strings.Repeat("x", 3000)+`"`), "chat", "-")
+			if a := got.refusal(t); a.Error.Code != schemas.CodeRequestTooLarge {
+				t.Errorf("%s: %+v", c.name, a.Error)
+			}
+		}
+	})
 }
 
 func (r *refusals) checkOverNATS(t *testing.T, c natsClient, test natsCase) {
