@@ -29,7 +29,7 @@ type call struct {
 	id        schemas.RequestID
 	operation string
 	key       schemas.KeyID // as the subject says
-	inbox     string // empty: nobody wants an answer
+	inbox     string        // empty: nobody wants an answer
 	header    nats.Header
 	body      []byte
 	received  time.Time
