@@ -95,4 +95,4 @@ failover: ## 200 workers killed in mid-stream, and a real model that dies in its
 
 .PHONY: clean
 clean: ## remove what was built and installed here
-	rm -rf ownllm .bin scripts/.venv scripts/sdk/node/node_modules
+	rm -rf ownllm .bin scripts/.venv scripts/sdk/node/node_modules scripts/nats/node_modules

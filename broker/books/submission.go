@@ -300,6 +300,21 @@ func (s *Store) end(ctx context.Context, q querier, owner *schemas.OwnerID, ids,
 	return pgx.CollectRows(rows, pgx.RowTo[int64])
 }
 
+// WaitingSubmissions returns how many submissions wait, and for how long the oldest has been
+// there. It reads an entry of an index for each.
+func (s *Store) WaitingSubmissions(ctx context.Context) (n int, oldest time.Duration, err error) {
+	err = s.read(ctx, "count what waits", func(ctx context.Context) error {
+		var seconds float64
+		err := s.pool.QueryRow(ctx, `
+			SELECT w.n, coalesce(extract(epoch FROM coalesce($1, now()) - s.created_at), 0)::double precision
+			FROM (SELECT count(*) AS n, min(id) AS first FROM submission_queue WHERE owner_id IS NULL) AS w
+			LEFT JOIN submissions s ON s.id = w.first`, s.at()).Scan(&n, &seconds)
+		oldest = time.Duration(seconds * float64(time.Second))
+		return err
+	})
+	return n, oldest, err
+}
+
 // OwnedSubmission is a submission that an owner has claimed, and neither ended nor returned.
 type OwnedSubmission struct{ ID, Run int64 }
 

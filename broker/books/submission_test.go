@@ -476,6 +476,24 @@ func TestSubmissionsAreForgotten(t *testing.T) {
 	wantError(t, err, schemas.CodeInvalidValue, "id")
 }
 
+func TestWaitingSubmissions(t *testing.T) {
+	c := newClient(t, open(t), limits{concurrency: 9, qps: 1000})
+	want := func(count int, least, most time.Duration) {
+		t.Helper()
+		n, oldest, err := c.s.WaitingSubmissions(t.Context())
+		c.must(err)
+		if n != count || oldest < least || oldest > most {
+			t.Errorf("%d wait, the oldest for %s; want %d, %s to %s", n, oldest, count, least, most)
+		}
+	}
+	want(0, 0, 0)
+	c.submit("a", "b")
+	wantClaims(t, c.claim(1), "a")
+	want(1, 0, time.Minute)
+	c.must(c.s.Exec(t.Context(), `UPDATE submissions SET created_at = created_at - interval '1 hour'`))
+	want(1, time.Hour, time.Hour+time.Minute)
+}
+
 // What an owner claimed without hearing of it can be found.
 func TestOwnedSubmissions(t *testing.T) {
 	c := newClient(t, open(t), limits{concurrency: 9, qps: 1000})

@@ -29,7 +29,7 @@ type call struct {
 	id        schemas.RequestID
 	operation string
 	key       schemas.KeyID // as the subject says
-	inbox     string
+	inbox     string        // empty: nobody wants an answer
 	header    nats.Header
 	body      []byte
 	received  time.Time
@@ -55,7 +55,10 @@ func (in *Ingress) take(name, subject, reply string, header nats.Header, body []
 	key, _, err := schemas.ParseInSubject(subject)
 	if err != nil || !schemas.PublisherAnswersTo(subject, reply) {
 		in.drop(subject, reply)
-		return
+		if err != nil || reply != "" || name != schemas.OperationSubmit {
+			return
+		}
+		// Its publisher has said how it will ask for the result.
 	}
 	c := &call{
 		in: in, id: schemas.NewRequestID(), operation: name, key: key, inbox: reply, header: header, body: body, received: time.Now(),
@@ -81,14 +84,14 @@ func (in *Ingress) takeOther(m *nats.Msg) {
 	c.finish(schemas.Errorf(schemas.CodeNotFound, "There is no operation %q. Use one of %s.", name, strings.Join(slices.Sorted(maps.Keys(operations)), ", ")))
 }
 
-// drop counts a message that can't be answered.
+// drop counts a message that can't be answered. But for a submission, nothing comes of it.
 func (in *Ingress) drop(subject, reply string) {
 	reason := metric.DropForeignReply
 	if reply == "" {
 		reason = metric.DropNoReply
 	}
 	in.Metrics.Dropped(context.Background(), reason)
-	in.noisy.Do(func() { in.Log.Warn("request of a publisher dropped", "subject", subject, "reason", reason) })
+	in.noisy.Do(func() { in.Log.Warn("request of a publisher can't be answered", "subject", subject, "reason", reason) })
 }
 
 // enter lets a call in, or says why not.
@@ -227,6 +230,9 @@ func (c *call) tell(answer any) error {
 
 // publish sends the encoded form of such an answer.
 func (c *call) publish(b []byte) error {
+	if c.inbox == "" {
+		return nil
+	}
 	if err := c.in.Conn.Publish(c.inbox, b); err != nil && !bus.Down(err) {
 		return err
 	}
@@ -245,7 +251,7 @@ func (c *call) finish(err *schemas.Error) {
 func (c *call) send(a *schemas.Answer, progress string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.over {
+	if c.over || c.inbox == "" {
 		return nil
 	}
 	a.Seq = c.seq + 1

@@ -53,6 +53,14 @@ const (
 	// NameDropped counts the requests of publishers that couldn't be answered, by reason:
 	// DropNoReply or DropForeignReply.
 	NameDropped = "ownllm.ingress.dropped"
+	// NameSubmissions counts the submissions that this process has ended, by code, and
+	// NameSubmissionActive is how many it runs. NameSubmissionWaiting is how many wait, and
+	// NameSubmissionOldest for how long the oldest of them has, in seconds: these two are of
+	// all brokers, and each tells the same.
+	NameSubmissions       = "ownllm.submissions"
+	NameSubmissionActive  = "ownllm.submission.active"
+	NameSubmissionWaiting = "ownllm.submission.waiting"
+	NameSubmissionOldest  = "ownllm.submission.oldest"
 
 	// NameAgents is how many agents this process knows of, by state: those of a
 	// heartbeat, or StateAside or StateAway.
@@ -105,9 +113,15 @@ type Instruments struct {
 	failovers     otelmetric.Int64Counter
 	dropped       otelmetric.Int64Counter
 	topUps        otelmetric.Int64Counter
-	admission     otelmetric.Float64Histogram
-	queueWait     otelmetric.Float64Histogram
-	queueDepth    otelmetric.Int64UpDownCounter
+
+	submissions       otelmetric.Int64Counter
+	submissionActive  otelmetric.Int64UpDownCounter
+	submissionWaiting otelmetric.Int64Gauge
+	submissionOldest  otelmetric.Float64Gauge
+
+	admission  otelmetric.Float64Histogram
+	queueWait  otelmetric.Float64Histogram
+	queueDepth otelmetric.Int64UpDownCounter
 
 	serverDuration    otelmetric.Float64Histogram
 	serverFirstToken  otelmetric.Float64Histogram
@@ -149,17 +163,26 @@ func New(provider otelmetric.MeterProvider) (*Instruments, error) {
 		otelmetric.WithDescription("Tokens of a request, by type."),
 		otelmetric.WithExplicitBucketBoundaries(bucketsTokens...))
 	errs = append(errs, err)
+	waiting, err := m.Int64Gauge(NameSubmissionWaiting, otelmetric.WithUnit("{submission}"), otelmetric.WithDescription("Submissions that wait, at all brokers together."))
+	errs = append(errs, err)
+	oldest, err := m.Float64Gauge(NameSubmissionOldest, otelmetric.WithUnit("s"), otelmetric.WithDescription("How long the oldest submission that waits has been there."))
+	errs = append(errs, err)
 
 	i := &Instruments{
-		requests:      counter(NameRequests, "{request}", "Requests that ended, by operation and code."),
-		requestActive: level(NameRequestActive, "{request}", "Requests in flight."),
-		streamActive:  level(NameStreamActive, "{stream}", "Streaming replies that are open."),
-		failovers:     counter(NameFailovers, "{attempt}", "Attempts after the first of a request."),
-		dropped:       counter(NameDropped, "{request}", "Requests of publishers that couldn't be answered, by reason."),
-		topUps:        counter(NameTopUps, "{request}", "Times that a reply was given more tokens in mid-stream, or refused them."),
-		admission:     seconds(NameAdmission, "Time that the books took to admit or refuse a request.", bucketsWait),
-		queueWait:     seconds(NameQueueWait, "Time from publishing a job to granting its claim.", bucketsWait),
-		queueDepth:    level(NameQueueDepth, "{request}", "Jobs of this owner that wait for a claim."),
+		requests:         counter(NameRequests, "{request}", "Requests that ended, by operation and code."),
+		requestActive:    level(NameRequestActive, "{request}", "Requests in flight."),
+		streamActive:     level(NameStreamActive, "{stream}", "Streaming replies that are open."),
+		failovers:        counter(NameFailovers, "{attempt}", "Attempts after the first of a request."),
+		dropped:          counter(NameDropped, "{request}", "Requests of publishers that couldn't be answered, by reason."),
+		topUps:           counter(NameTopUps, "{request}", "Times that a reply was given more tokens in mid-stream, or refused them."),
+		admission:        seconds(NameAdmission, "Time that the books took to admit or refuse a request.", bucketsWait),
+		submissions:      counter(NameSubmissions, "{submission}", "Submissions that ended, by code."),
+		submissionActive: level(NameSubmissionActive, "{submission}", "Submissions that this process runs."),
+
+		submissionWaiting: waiting, submissionOldest: oldest,
+
+		queueWait:  seconds(NameQueueWait, "Time from publishing a job to granting its claim.", bucketsWait),
+		queueDepth: level(NameQueueDepth, "{request}", "Jobs of this owner that wait for a claim."),
 
 		serverDuration:    seconds(NameServerDuration, "Duration of a request, as its client sees it.", bucketsDuration),
 		serverFirstToken:  seconds(NameServerFirstToken, "Time to the first token of a reply.", bucketsFirstToken),
@@ -252,6 +275,38 @@ func (i *Instruments) Dropped(ctx context.Context, reason string) {
 		option = droppedNoReply
 	}
 	i.dropped.Add(ctx, 1, option)
+}
+
+// SubmissionBegun counts in the run of a submission. Each is followed by one SubmissionLeft.
+func (i *Instruments) SubmissionBegun(ctx context.Context) {
+	if i != nil {
+		i.submissionActive.Add(ctx, 1)
+	}
+}
+
+// SubmissionLeft counts out the run of a submission.
+func (i *Instruments) SubmissionLeft(ctx context.Context) {
+	if i != nil {
+		i.submissionActive.Add(ctx, -1)
+	}
+}
+
+// SubmissionEnded counts the end of a submission: CodeOK, or the code of its error.
+func (i *Instruments) SubmissionEnded(ctx context.Context, code schemas.Code) {
+	if i != nil {
+		i.submissions.Add(ctx, 1, i.outcome(operationSubmission, code)...)
+	}
+}
+
+// operationSubmission is the operation that submissions are counted under.
+const operationSubmission = "submission"
+
+// SubmissionsWait records how many submissions wait, and for how long the oldest has.
+func (i *Instruments) SubmissionsWait(ctx context.Context, n int, oldest time.Duration) {
+	if i != nil {
+		i.submissionWaiting.Record(ctx, int64(n))
+		i.submissionOldest.Record(ctx, seconds(oldest))
+	}
 }
 
 var (

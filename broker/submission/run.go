@@ -11,6 +11,7 @@ import (
 	"github.com/ownllm/ownllm/broker/dispatch"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/quota"
+	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -20,6 +21,8 @@ const maxCompletion = 64 << 20
 // run runs one submission that was claimed, and ends or returns it. ctx ends, with a
 // *schemas.Error as its cause, when the run is to be broken off.
 func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
+	s.Metrics.SubmissionBegun(ctx)
+	defer s.Metrics.SubmissionLeft(ctx)
 	defer s.forget(c)
 	req, series, err := s.request(ctx, c)
 	if err != nil {
@@ -31,10 +34,21 @@ func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
 		return
 	}
 	defer s.leave(c)
+	ctx, span := s.Tracer.Run(ctx)
+	if span.IsRecording() {
+		span.SetAttributes(trace.AttrRequest.String(string(req.ID)), trace.AttrTenant.String(string(c.Tenant)),
+			trace.AttrKey.String(string(c.Key)), trace.AttrModel.String(c.Model))
+	}
+	trace.End(span, s.execute(ctx, c, req, series))
+}
+
+// execute runs the request of a claim, and ends or returns the submission. The error is that
+// of the run.
+func (s *Scheduler) execute(ctx context.Context, c *books.Claim, req dispatch.Request, series *metric.Series) error {
 	reply, rate, err := s.Dispatcher.Start(context.WithoutCancel(ctx), req)
 	if err != nil {
 		s.refused(ctx, c, nil, err, rate)
-		return
+		return err
 	}
 	if c.Tries > 0 {
 		// Should that fail, the others are tried one after the other.
@@ -47,14 +61,16 @@ func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
 		reply.Close()
 		desk.Record(ctx, series, reply, failure.Code, false)
 		s.refused(ctx, c, reply, failure, quota.Rate{Known: true})
-		return
+		return failure
 	}
 	// Recorded before it is waited for the books' settlement: should this process die in
 	// between, the request isn't run again, and its worker reports what it cost.
 	recorded := s.end(ctx, c, books.End{Request: req.ID, Completion: completion, Usage: reply.Usage()})
+	reply.Close()
+	s.publish(ctx, c, recorded)
 	desk.Settle(reply)
 	desk.Record(ctx, series, reply, metric.CodeOK, false)
-	s.publish(ctx, c, recorded)
+	return nil
 }
 
 // request makes the request of a claim, under an id of its own.
@@ -219,7 +235,18 @@ func (s *Scheduler) end(ctx context.Context, c *books.Claim, e books.End) (recor
 		recorded, err = s.Books.EndSubmission(ctx, c, e)
 		return err
 	})
+	if recorded {
+		s.Metrics.SubmissionEnded(ctx, codeOf(e.Err))
+	}
 	return recorded
+}
+
+// codeOf is the code under which an end is counted.
+func codeOf(err *schemas.Error) schemas.Code {
+	if err == nil {
+		return metric.CodeOK
+	}
+	return err.Code
 }
 
 func (s *Scheduler) giveBack(ctx context.Context, r books.Return) {

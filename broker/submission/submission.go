@@ -48,6 +48,7 @@ import (
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/broker/quota"
+	"github.com/ownllm/ownllm/broker/trace"
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -91,6 +92,7 @@ type Books interface {
 	OwnedSubmissions(ctx context.Context, owner schemas.OwnerID) ([]books.OwnedSubmission, error)
 	SweepSubmissions(ctx context.Context, o books.SubmissionSweep) (books.SweptSubmissions, error)
 	ListenSubmissions(ctx context.Context, wake func()) error
+	WaitingSubmissions(ctx context.Context) (n int, oldest time.Duration, err error)
 }
 
 // Parts are what a Scheduler works with.
@@ -103,8 +105,9 @@ type Parts struct {
 	Feed       *presence.Feed
 	Gate       *quota.Gate
 	Dispatcher *dispatch.Dispatcher
-	// Metrics may be nil.
+	// Metrics and Tracer may be nil.
 	Metrics *metric.Instruments
+	Tracer  *trace.Tracer
 	// Ingress is a connection to the account of publishers.
 	Ingress *nats.Conn
 	Log     *slog.Logger
@@ -170,6 +173,10 @@ func (s *Scheduler) Run(ctx context.Context) error {
 	})
 	loops.Go(func() error {
 		s.sweep(ctx)
+		return nil
+	})
+	loops.Go(func() error {
+		s.measure(ctx)
 		return nil
 	})
 	loops.Go(func() error {
@@ -310,6 +317,7 @@ func (s *Scheduler) sweep(ctx context.Context) {
 			s.Log.WarnContext(ctx, "submissions not swept", "error", err)
 		}
 		for i := range swept.Ended {
+			s.Metrics.SubmissionEnded(ctx, codeOf(swept.Ended[i].Err))
 			s.push(&swept.Ended[i])
 		}
 		if swept.Returned > 0 {
@@ -324,5 +332,22 @@ func (s *Scheduler) sweep(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
+	}
+}
+
+// measureEvery is how often it is counted what waits. That reads all of it, by index.
+const measureEvery = 10 * time.Second
+
+// measure records what waits until ctx ends.
+func (s *Scheduler) measure(ctx context.Context) {
+	for s.Metrics != nil && ctx.Err() == nil {
+		n, oldest, err := s.Books.WaitingSubmissions(ctx)
+		switch {
+		case err == nil:
+			s.Metrics.SubmissionsWait(ctx, n, oldest)
+		case ctx.Err() == nil:
+			s.Log.WarnContext(ctx, "submissions that wait not counted", "error", err)
+		}
+		pause(ctx, measureEvery)
 	}
 }

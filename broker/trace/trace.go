@@ -1,7 +1,8 @@
 // Package trace carries traces over the bus and names the spans of a request, so
 // that edge, broker and worker draw one picture of it:
 //
-//	POST /v1/chat/completions   server    edge (or process ownllm.v1.in.chat, broker)
+//	POST /v1/chat/completions   server    edge (or process ownllm.v1.in.chat, broker; or
+//	                                      run submission, internal, broker)
 //	└ send ownllm.v1.job        producer  owner
 //	  └ process ownllm.v1.job   consumer  worker
 //	    └ chat llama-3.3-70b    client    worker, around its call of the backend
@@ -96,6 +97,15 @@ func (t *Tracer) Take(ctx context.Context, operation string) (context.Context, o
 	return t.tracer.Start(ctx, "process "+InDestination+"."+operation, oteltrace.WithSpanKind(oteltrace.SpanKindServer),
 		oteltrace.WithAttributes(attrSystem.String("nats"), attrTemplate.String(InDestination+"."+operation),
 			attrOpType.String("process"), attrOpName.String(operation)))
+}
+
+// Run starts the span of a run of a submission, in a trace of its own: whoever submitted it
+// isn't waiting.
+func (t *Tracer) Run(ctx context.Context) (context.Context, oteltrace.Span) {
+	if t == nil {
+		return ctx, off
+	}
+	return t.tracer.Start(ctx, "run submission", oteltrace.WithNewRoot(), oteltrace.WithSpanKind(oteltrace.SpanKindInternal))
 }
 
 // Send starts the span of a job's publishing. Inject its context into the headers of

@@ -37,6 +37,6 @@ func newScheduler(w *owner, natsConfig bus.Config, store *books.Store, tel *tele
 	}
 	return submission.New(submission.Parts{
 		Books: store, Keys: w.keys, Desk: w.desk, Agents: w.agents, Feed: w.feed, Gate: w.gate, Dispatcher: w.dispatcher,
-		Metrics: tel.metrics, Ingress: c[0], Log: log,
+		Metrics: tel.metrics, Tracer: tel.tracer, Ingress: c[0], Log: log,
 	}, submission.Config{Runs: o.SubmissionRuns, Keep: o.ResultKeep, KeepID: o.ResultKeepID, Drain: drain}), c, nil
 }

@@ -16,34 +16,45 @@ import (
 	"github.com/ownllm/ownllm/worker/demo"
 )
 
-// taken is how many tokens of replies an edge has taken in since its start, by its own
-// metrics.
-func taken(t *testing.T, e *stack.Edge) (tokens int64) {
+// measured is the sum of a metric over all of its series whose labels contain a text, and how
+// many series these are.
+func measured(t *testing.T, opsURL, name, label string) (sum float64, series int) {
 	t.Helper()
-	resp, err := http.Get(e.OpsURL + "/metrics")
+	resp, err := http.Get(opsURL + "/metrics")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer http.DefaultClient.CloseIdleConnections()
 	defer resp.Body.Close()
-	found := false
 	lines := bufio.NewScanner(resp.Body)
 	for lines.Scan() {
 		line := lines.Text()
-		if !strings.HasPrefix(line, "gen_ai_client_token_usage_sum{") || !strings.Contains(line, `="output"`) {
+		rest, ok := strings.CutPrefix(line, name)
+		if !ok || rest[0] != '{' && rest[0] != ' ' || !strings.Contains(rest, label) {
 			continue
 		}
 		n, err := strconv.ParseFloat(line[strings.LastIndexByte(line, ' ')+1:], 64)
 		if err != nil {
 			t.Fatalf("%s: %v", line, err)
 		}
-		found = true
-		tokens += int64(n)
+		series++
+		sum += n
 	}
-	if lines.Err() != nil || !found {
-		t.Fatalf("the metrics don't tell tokens: %v", lines.Err())
+	if err := lines.Err(); err != nil {
+		t.Fatal(err)
 	}
-	return tokens
+	return sum, series
+}
+
+// taken is how many tokens of replies an owner, by the address of its metrics, has taken in
+// since its start.
+func taken(t *testing.T, opsURL string) (tokens int64) {
+	t.Helper()
+	sum, series := measured(t, opsURL, "gen_ai_client_token_usage_sum", `="output"`)
+	if series == 0 {
+		t.Fatal("the metrics don't tell tokens")
+	}
+	return int64(sum)
 }
 
 // TestEveryTokenIsAccountedFor mixes requests that end in every way. The ledger has what
@@ -110,7 +121,7 @@ func TestEveryTokenIsAccountedFor(t *testing.T) {
 		charged += e.Completion
 	}
 	for _, e := range c.edges {
-		edges += taken(t, e)
+		edges += taken(t, e.OpsURL)
 	}
 	if charged != edges {
 		t.Errorf("the ledger has %d tokens, and the edges took in %d", charged, edges)

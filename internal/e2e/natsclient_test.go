@@ -167,7 +167,7 @@ var unheard = map[schemas.Code]string{
 	schemas.CodeUserDeactivated:  "can't connect",
 	schemas.CodeTooManyFailures:  "HTTP only",
 	schemas.CodeMethodNotAllowed: "HTTP only",
-	schemas.CodeRequestTooLarge:  "refused by the client, which knows what the bus carries",
+	schemas.CodeRequestTooLarge:  "tried at the end, by a server with a low limit",
 	schemas.CodeInternalError:    "tried at the end, by a broker that stops",
 }
 
@@ -185,10 +185,10 @@ func TestNATSClients(t *testing.T) {
 			t.Errorf("%s: provoked %v, though %q", info.Code, heard[info.Code], unheard[info.Code])
 		}
 	}
-	brokerArgs := []string{"--cold-wait", "300ms", "--first-token-timeout", "2s", "--idle-timeout", "2s", "--drain-timeout", "1s"}
+	brokerArgs := []string{"--cold-wait", "300ms", "--first-token-timeout", "4s", "--idle-timeout", "4s", "--drain-timeout", "1s"}
 	r := newRefusals(t, brokerArgs...)
 	held := r.backend.Stats().Active
-	lasting := chatWith(`"stream":true`, `"demo":{"tokens":100000,"numbered":true,"tokens_per_second":50}`)
+	const endless = `"demo":{"tokens":100000,"numbered":true,"tokens_per_second":50}`
 	for _, c := range clients {
 		t.Run(c.name+" streams", func(t *testing.T) {
 			for _, stream := range []string{"true", "false"} {
@@ -204,12 +204,12 @@ func TestNATSClients(t *testing.T) {
 			}
 		})
 		t.Run(c.name+" cancels", func(t *testing.T) {
-			got := c.run(t, r.NATSURL(), r.keys["good"], "", "chat", lasting, "20")
+			got := c.run(t, r.NATSURL(), r.keys["good"], "", "chat", chatWith(`"stream":true`, endless), "20")
 			a := got.refusal(t)
 			if a.Error.Code != schemas.CodeNotFound || !strings.Contains(a.Error.Message, "cancelled") || tokensOf(got.stdout) < 19 {
 				t.Errorf("%+v, %q", a.Error, got.stdout)
 			}
-			stack.Until(t, 3*time.Second, "the backend to stop", func() bool { return r.backend.Stats().Active == held })
+			stack.Until(t, 10*time.Second, "the backend to stop", func() bool { return r.backend.Stats().Active == held })
 		})
 	}
 	t.Run("errors", func(t *testing.T) {
@@ -236,7 +236,10 @@ func TestNATSClients(t *testing.T) {
 		ends := make([]ran, len(clients))
 		var running sync.WaitGroup
 		for i, c := range clients {
-			running.Go(func() { ends[i] = c.run(t, r.NATSURL(), r.keys["good"], "", "chat", lasting) })
+			model := []string{demo.ModelID, demo.ModelID, dearModel}[i] // the first has no room for more
+			running.Go(func() {
+				ends[i] = c.run(t, r.NATSURL(), r.keys["good"], "", "chat", chatWith(`"model":"`+model+`"`, `"stream":true`, endless))
+			})
 		}
 		stack.Until(t, 30*time.Second, "the replies to run", func() bool { return r.backend.Stats().Active == before+int64(len(clients)) })
 		if err := r.Broker.Stop(); err != nil {
@@ -250,6 +253,15 @@ func TestNATSClients(t *testing.T) {
 		}
 	})
 	r.emptyQueue()
+	t.Run("a low limit", func(t *testing.T) {
+		up := stack.StartUp(t, t.TempDir(), "--backend", "demo", "--body-limit", "2KB")
+		for _, c := range clients {
+			got := c.run(t, up.NATSURL, up.APIKey, chatWith(`"padding":"`+strings.Repeat("x", 3000)+`"`), "chat", "-")
+			if a := got.refusal(t); a.Error.Code != schemas.CodeRequestTooLarge {
+				t.Errorf("%s: %+v", c.name, a.Error)
+			}
+		}
+	})
 }
 
 func (r *refusals) checkOverNATS(t *testing.T, c natsClient, test natsCase) {
@@ -386,7 +398,7 @@ func TestNATSCommand(t *testing.T) {
 	if got := <-ended; got.code != 1 || !strings.Contains(got.stdout, "cancelled") {
 		t.Errorf("exit code %d, %.200q", got.code, got.stdout)
 	}
-	stack.Until(t, 3*time.Second, "the backend to stop", func() bool { return backend.Stats().Active == 0 })
+	stack.Until(t, 10*time.Second, "the backend to stop", func() bool { return backend.Stats().Active == 0 })
 }
 
 // TestNATSClientsNoticeWhatIsMissing plays a broker that is bad at it.

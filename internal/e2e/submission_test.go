@@ -244,6 +244,15 @@ func TestSubmission(t *testing.T) {
 	s.failed("unknown model", schemas.CodeModelNotFound)
 	s.accept("backend", map[string]any{"demo": map[string]any{"status": 500}})
 	s.failed("backend", schemas.CodeBackendError)
+	// All of it is measured.
+	for code, want := range map[string]float64{"ok": 2, "model_not_found": 1, "backend_error": 1} {
+		if n, _ := measured(t, c.Brokers[0].OpsURL, "ownllm_submissions_total", `code="`+code+`"`); n != want {
+			t.Errorf("%v submissions ended with %s by the metrics, want %v", n, code, want)
+		}
+	}
+	if n, series := measured(t, c.Brokers[0].OpsURL, "ownllm_submission_active", ""); n != 0 || series != 1 {
+		t.Errorf("%v are active, in %d series", n, series)
+	}
 	// Another key sees nothing of it.
 	if o := newSubmitter(t, c, books.NewKey{}).ask(schemas.OperationResult, map[string]any{"id": "stream"}); o.Error == nil {
 		t.Errorf("another key got %+v", o)
@@ -337,6 +346,11 @@ func TestSubmissionWaits(t *testing.T) {
 	for i := range 5 {
 		revoked.accept(fmt.Sprint(i), says("never"))
 	}
+	stack.Until(t, 30*time.Second, "the metrics to tell what waits", func() bool {
+		n, _ := measured(t, c.Brokers[0].OpsURL, "ownllm_submission_waiting", "")
+		oldest, _ := measured(t, c.Brokers[0].OpsURL, "ownllm_submission_oldest_seconds", "")
+		return n == 6 && oldest > 0 // "late" has met its deadline by the time of the second count
+	})
 	o := s.failed("late", schemas.CodeAgentTimeout)
 	if !strings.Contains(o.Error.Message, string(schemas.CodeAgentOffline)) {
 		t.Errorf("%+v", o.Error)

@@ -44,12 +44,12 @@ func (c *traces) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// named returns the span of a trace with the given name.
+// named returns the span of a trace, or of any if that is empty, with the given name.
 func (c *traces) named(trace, name string) *tracepb.Span {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, s := range c.spans {
-		if hex.EncodeToString(s.TraceId) == trace && s.Name == name {
+		if (trace == "" || hex.EncodeToString(s.TraceId) == trace) && s.Name == name {
 			return s
 		}
 	}
@@ -85,6 +85,14 @@ func TestOneTrace(t *testing.T) {
 	p.header = nats.Header{"traceparent": {"00-" + busTrace + "-" + busParent + "-01"}}
 	wantDone(t, p.chat(t.Context(), true, nil))
 	received.wantChain(t, busTrace, busParent, "process ownllm.v1.in.chat", "send ownllm.v1.job", "process ownllm.v1.job", "chat demo")
+
+	// A submission is run in a trace of its own.
+	s := &submitter{t, c, id, secret}
+	s.accept("one", says("one"))
+	s.done("one", "one")
+	const run = "run submission"
+	stack.Until(t, 20*time.Second, "the span of the run", func() bool { return received.named("", run) != nil })
+	received.wantChain(t, hex.EncodeToString(received.named("", run).TraceId), "", run, "send ownllm.v1.job", "process ownllm.v1.job", "chat demo")
 }
 
 // wantChain waits for the spans of a trace, each of which is the child of the one before.

@@ -39,7 +39,9 @@ type Cluster struct {
 	// NATS is the nats-server, and Servers are all of them.
 	NATS    *Process
 	Servers []*Process
+	// Broker is the newest broker, and Brokers are all that were started.
 	Broker  *Process
+	Brokers []*Broker
 	agents  int
 }
 
@@ -231,10 +233,19 @@ func (c *Cluster) role(name string, args ...string) *Process {
 	return p.Process
 }
 
+// Broker is a broker of a Cluster.
+type Broker struct {
+	*Process
+	OpsURL string
+}
+
 // StartBroker starts a broker, which is Broker from then on.
 func (c *Cluster) StartBroker(args ...string) *Process {
 	c.t.Helper()
-	c.Broker = c.role("broker", args...)
+	p := c.launch("broker", args...)
+	p.await()
+	c.Broker = p.Process
+	c.Brokers = append(c.Brokers, &Broker{p.Process, p.OpsURL})
 	return c.Broker
 }
 
