@@ -103,7 +103,7 @@ func TestTopology(t *testing.T) {
 		const parent = "00f067aa0ba902b7"
 		client.header = http.Header{"Traceparent": {"00-" + trace + "-" + parent + "-01"}}
 		var first time.Time
-		r := client.follow(t.Context(), true, map[string]any{"demo": map[string]any{"reply": "numbered", "tokens": 40, "tokens_per_second": 40}}, func(r *reply) {
+		r := client.follow(t.Context(), true, map[string]any{"demo": map[string]any{"numbered": true, "tokens": 40, "tokens_per_second": 40}}, func(r *reply) {
 			if first.IsZero() && r.text != "" {
 				first = time.Now()
 			}
