@@ -90,6 +90,7 @@ var floors = []struct {
 	{[]string{"internal/load"}, []string{"internal/load", "internal/secret", "schemas"}},
 	{[]string{"internal/command"}, []string{"edge", "worker", "broker", "schemas", "internal/adminapi", "internal/load", "internal/postgres", "internal/secret", "internal/telemetry"}},
 	{[]string{"."}, []string{"internal/command"}},
+	{[]string{"internal/topology"}, []string{"internal/postgres"}},
 	{[]string{"internal/bench"}, []string{"internal/adminapi", "internal/load", "internal/secret"}},
 	{helpers, []string{"worker", "broker", "schemas", "internal"}},
 }
