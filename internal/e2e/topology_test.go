@@ -63,7 +63,7 @@ func startTopology(t *testing.T, otlp string) *topology {
 		"-file", filepath.Join(root, "docker-compose.yml"), "-dir", dir, "-otlp", otlp,
 		"-ownllm", stack.Binary(t, stack.OwnLLM), "-nats-server", stack.Binary(t, "github.com/nats-io/nats-server/v2"))
 	c := &topology{Process: p, dir: dir}
-	stack.Until(t, 120*time.Second, "the topology", func() bool {
+	stack.Until(t, 200*time.Second, "the topology", func() bool {
 		if !p.Alive() {
 			t.Fatalf("the topology has ended: %v", p.Err())
 		}

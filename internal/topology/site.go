@@ -20,7 +20,7 @@ import (
 )
 
 const (
-	startWait = 90 * time.Second
+	startWait = 3 * time.Minute
 	lookEvery = 100 * time.Millisecond
 )
 
