@@ -32,6 +32,10 @@ up: ## run everything in one process; ARGS='…' adds flags
 demo: ## run the demo model by itself, for load tests and fault tests
 	go run . demo $(ARGS)
 
+.PHONY: topology
+topology: ## run docker-compose.yml as plain processes, without Docker
+	go run ./internal/topology $(ARGS)
+
 .PHONY: build
 build: ## build ./ownllm
 	go build -o ownllm .

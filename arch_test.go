@@ -92,6 +92,7 @@ var floors = []struct {
 	{[]string{"."}, []string{"internal/command"}},
 	// It founds tenants by the thousand, and runs workers by the thousand in one process.
 	{[]string{"internal/bench"}, []string{"worker", "broker", "schemas", "internal/adminapi", "internal/load", "internal/secret"}},
+	{[]string{"internal/topology"}, []string{"internal/postgres"}},
 	{helpers, []string{"worker", "broker", "schemas", "internal"}},
 }
 

@@ -2,57 +2,83 @@ package e2e
 
 import (
 	"bytes"
+	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"go.yaml.in/yaml/v3"
 
 	"github.com/ownllm/ownllm/internal/command"
-	"github.com/ownllm/ownllm/internal/pgtest"
-	"github.com/ownllm/ownllm/internal/stack"
 )
+
+const root = "../.."
 
 // service is what we look at of a service of docker-compose.yml.
 type service struct {
 	Image       string
+	Restart     string
 	Entrypoint  []string
 	Command     []string
 	Environment map[string]string
-	Healthcheck struct{ Test []string }
+	Ports       []string
+	Volumes     []string
+	DependsOn   map[string]struct{ Condition string } `yaml:"depends_on"`
+	Healthcheck struct {
+		Test    []string
+		Disable bool
+	}
 }
 
-// composed reads docker-compose.yml, with the given values of its variables.
-func composed(t *testing.T, values map[string]string) map[string]service {
+// composed is docker-compose.yml.
+type composed struct {
+	Services map[string]service
+	Volumes  map[string]any
+}
+
+// read reads a file of the repository.
+func read(t *testing.T, path string) string {
 	t.Helper()
-	b, err := os.ReadFile("../../docker-compose.yml")
+	b, err := os.ReadFile(filepath.Join(root, path))
 	if err != nil {
 		t.Fatal(err)
 	}
-	variable := regexp.MustCompile(`\$(\$|\{(\w+)[^}]*\})`)
-	b = variable.ReplaceAllFunc(b, func(m []byte) []byte {
-		name := string(variable.FindSubmatch(m)[2])
-		if name == "" {
-			return []byte("$")
-		}
-		if values[name] == "" {
-			t.Errorf("docker-compose.yml asks for a variable %s", name)
-		}
-		return []byte(values[name])
-	})
-	var file struct{ Services map[string]service }
-	if err := yaml.Unmarshal(b, &file); err != nil {
-		t.Fatal(err)
-	}
-	return file.Services
+	return string(b)
 }
 
-var composeValues = map[string]string{
-	"OWNLLM_ADMIN_TOKEN": stack.AdminToken, "OWNLLM_NATS_TOKEN": "bus-secret", "POSTGRES_PASSWORD": "secret",
+// readCompose reads docker-compose.yml, with the name of a variable for its value.
+func readCompose(t *testing.T) (c composed) {
+	t.Helper()
+	variable := regexp.MustCompile(`\$(\$|\{(\w+)[^}]*\})`)
+	text := variable.ReplaceAllStringFunc(read(t, "docker-compose.yml"), func(m string) string {
+		if m == "$$" {
+			return "$"
+		}
+		return variable.FindStringSubmatch(m)[2]
+	})
+	if err := yaml.Unmarshal([]byte(text), &c); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// ours are the services that run the program.
+func (c composed) ours(t *testing.T) map[string]service {
+	t.Helper()
+	ours := make(map[string]service)
+	for name, s := range c.Services {
+		if s.Image == "ownllm" {
+			ours[name] = s
+		}
+	}
+	if len(ours) < 8 {
+		t.Fatalf("only %d services are ours", len(ours))
+	}
+	return ours
 }
 
 // commands are the command lines of ownllm that a service runs.
@@ -70,13 +96,9 @@ func (s service) commands() [][]string {
 // TestComposeNames: the commands, flags and variables of docker-compose.yml exist.
 func TestComposeNames(t *testing.T) {
 	names := regexp.MustCompile(`OWNLLM_\w+|--[a-z][a-z-]*`)
-	ours := 0
-	for name, s := range composed(t, composeValues) {
-		if s.Image != "ownllm" {
-			continue
-		}
-		ours++
-		var known []string
+	elsewhere := read(t, "scripts/compose/certificates") + read(t, "internal/telemetry/telemetry.go")
+	for name, s := range readCompose(t).ours(t) {
+		known := strings.Join(s.Command, "\n") + elsewhere
 		for _, line := range s.commands() {
 			words := slices.IndexFunc(line, func(w string) bool { return strings.HasPrefix(w, "-") })
 			if words < 0 {
@@ -93,113 +115,148 @@ func TestComposeNames(t *testing.T) {
 					t.Errorf("%s: %q has no flag %s", name, line[:words], flag)
 				}
 			}
-			known = append(known, mine...)
+			known += help.String()
 		}
 		for variable := range s.Environment {
-			if !slices.Contains(known, variable) {
+			if !regexp.MustCompile(`\b` + variable + `\b`).MatchString(known) {
 				t.Errorf("%s: nothing reads %s", name, variable)
 			}
 		}
 	}
-	if ours < 4 {
-		t.Errorf("%d services are ours", ours)
+}
+
+// TestComposeImages: every image is of one release, and those that are in go.mod, too, of
+// the one there.
+func TestComposeImages(t *testing.T) {
+	mod, docker := read(t, "go.mod"), read(t, "Dockerfile")
+	images := make(map[string]string)
+	for name, s := range readCompose(t).Services {
+		image, tag, _ := strings.Cut(s.Image, ":")
+		if image == "ownllm" {
+			continue
+		}
+		if !regexp.MustCompile(`^v?\d+\.\d+(\.\d+)?(-alpine)?$`).MatchString(tag) {
+			t.Errorf("%s: the image %s isn't pinned", name, s.Image)
+		}
+		images[image] = tag
+	}
+	for _, m := range regexp.MustCompile(`(?m)^FROM (\w+):(\S+)`).FindAllStringSubmatch(docker, -1) {
+		if !regexp.MustCompile(`^\d+\.\d+`).MatchString(m[2]) {
+			t.Errorf("Dockerfile: %s isn't pinned", m[0])
+		}
+		images[m[1]] = m[2]
+	}
+	for image, in := range map[string]string{"nats": `nats-server/v2 v([\d.]+)`, "golang": `(?m)^go ([\d.]+)`} {
+		want := regexp.MustCompile(in).FindStringSubmatch(mod)
+		if want == nil || images[image] != want[1]+"-alpine" {
+			t.Errorf("the image is %s:%s, go.mod has %v", image, images[image], want)
+		}
+	}
+	for _, line := range []string{"CGO_ENABLED=0", "\nUSER ownllm\n", "\nHEALTHCHECK ", "EXPOSE 9191 9192"} {
+		if !strings.Contains(docker, line) {
+			t.Errorf("Dockerfile lacks %q", line)
+		}
 	}
 }
 
-// TestComposeRuns runs docker-compose.yml without Docker: the same programs with the
-// same arguments and variables, but for addresses and folders, which are this
-// machine's.
-func TestComposeRuns(t *testing.T) {
-	services := composed(t, composeValues)
-	natsAddr, natsWeb, listen := stack.FreeAddr(t), stack.FreeAddr(t), stack.FreeAddr(t)
-	databaseURL, first, config := pgtest.New(t), t.TempDir(), t.TempDir()
-	bin := filepath.Dir(stack.Binary(t, stack.OwnLLM))
-
-	// start runs a service, and waits until it is healthy.
-	start := func(name, web, path string, args []string) *stack.Process {
-		s := services[name]
-		env := []string{"PATH=" + bin + ":" + os.Getenv("PATH"), "OWNLLM_OPS_LISTEN=" + web}
-		for variable, value := range s.Environment {
-			switch variable {
-			case "OWNLLM_DATABASE_URL":
-				value = databaseURL
-			case "OWNLLM_LISTEN":
-				value = listen
-			case "OWNLLM_DATA_DIR":
-				if value = first; name != "first" {
-					value = t.TempDir()
-				}
+// TestComposeHangsTogether: what a service waits for, asks, mounts or watches is there, at
+// the port where it listens.
+func TestComposeHangsTogether(t *testing.T) {
+	c := readCompose(t)
+	haproxy, nats, prometheus := read(t, "scripts/compose/haproxy.cfg"), read(t, "scripts/compose/nats.conf"), read(t, "scripts/compose/prometheus.yml")
+	listens := make(map[string]bool) // service:port
+	note := func(name, text, pattern string) {
+		for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatch(text, -1) {
+			listens[name+":"+m[1]] = true
+		}
+	}
+	checked := func(s service) bool { return len(s.Healthcheck.Test) > 0 }
+	for name, s := range c.Services {
+		switch image, _, _ := strings.Cut(s.Image, ":"); image {
+		case "ownllm":
+			for _, v := range []string{"OWNLLM_LISTEN", "OWNLLM_OPS_LISTEN"} {
+				note(name, s.Environment[v], `^0\.0\.0\.0:(\d+)$`)
 			}
-			value = strings.NewReplacer("nats:4222", natsAddr, "edge:9191", listen).Replace(value)
-			env = append(env, variable+"="+value)
+		case "nats": // 4222 is nats-server's own default
+			listens[name+":4222"] = true
+			note(name, strings.Join(s.Command, "\n"), `--http_port=(\d+)`)
+			note(name, nats, `listen: 0\.0\.0\.0:(\d+)`)
+		case "haproxy":
+			note(name, haproxy, `(?m)^\s*bind :(\d+)`)
+		case "otel/opentelemetry-collector":
+			note(name, read(t, "scripts/compose/collector.yml"), `port: (\d+)`)
+			note(name, read(t, "scripts/compose/collector.yml"), `0\.0\.0\.0:(\d+)`)
+		case "postgres", "prom/prometheus", "grafana/grafana", "ollama/ollama": // by their images
+			listens[name+":"+map[string]string{"postgres": "5432", "prom/prometheus": "9090", "grafana/grafana": "3000", "ollama/ollama": "11434"}[image]] = true
+		default:
+			t.Errorf("%s: this test doesn't know %s", name, s.Image)
 		}
-		p := stack.Run(t, name, env, path, args...)
-		if check := s.Healthcheck.Test; len(check) > 0 {
-			url := regexp.MustCompile(`^http://127\.0\.0\.1:\d+`).ReplaceAllString(check[len(check)-1], "http://"+web)
-			stack.Until(t, 30*time.Second, name+" to be healthy", func() bool { return stack.Answers(url) })
+	}
+	for name, s := range c.Services {
+		ends := s.Restart == "no"
+		if !ends && !checked(s) && name != "collector" {
+			t.Errorf("%s has no health check", name)
 		}
-		return p
-	}
-	role := func(name string) {
-		start(name, stack.FreeAddr(t), filepath.Join(bin, "ownllm"), services[name].Command)
-	}
-	script := func(name string) *stack.Process {
-		s := services[name]
-		text := strings.NewReplacer("/first/", first+"/", "/config/", config+"/").Replace(s.Command[0])
-		return start(name, stack.FreeAddr(t), s.Entrypoint[0], append(slices.Clone(s.Entrypoint[1:]), text))
-	}
-
-	host, port, _ := strings.Cut(natsAddr, ":")
-	_, webPort, _ := strings.Cut(natsWeb, ":")
-	natsArgs := []string{"--addr=" + host, "--port=" + port}
-	for _, arg := range services["nats"].Command {
-		arg = strings.NewReplacer("/data", t.TempDir(), "/config/", config+"/").Replace(arg)
-		natsArgs = append(natsArgs, strings.Replace(arg, "8222", webPort, 1))
-	}
-	made := script("config")
-	stack.Until(t, 30*time.Second, "the configuration", func() bool { return !made.Alive() })
-	if err := made.Err(); err != nil {
-		t.Fatalf("making the configuration: %v", err)
-	}
-	start("nats", natsWeb, stack.Binary(t, "github.com/nats-io/nats-server/v2"), natsArgs)
-	role("broker")
-	role("edge")
-	var keys []string
-	for range 2 { // `docker compose up` runs it each time
-		p := script("first")
-		stack.Until(t, 30*time.Second, "the first key", func() bool { return !p.Alive() })
-		if err := p.Err(); err != nil {
-			t.Fatalf("making the first key: %v", err)
+		if n := len(s.Healthcheck.Test); n > 0 {
+			if port := regexp.MustCompile(`^http://127\.0\.0\.1:(\d+)/`).FindStringSubmatch(s.Healthcheck.Test[n-1]); port != nil && !listens[name+":"+port[1]] {
+				t.Errorf("%s: its health check asks port %s", name, port[1])
+			}
 		}
-		log := p.Log()
-		keys = append(keys, strings.TrimSpace(strings.TrimPrefix(log[len(log)-1], "API key")))
+		for other, on := range s.DependsOn {
+			there, ok := c.Services[other]
+			want := "service_healthy"
+			if there.Restart == "no" {
+				want = "service_completed_successfully"
+			} else if !checked(there) {
+				want = "service_started"
+			}
+			if !ok || on.Condition != want {
+				t.Errorf("%s waits for %s to be %q, want %q", name, other, on.Condition, want)
+			}
+		}
+		for _, port := range s.Ports {
+			if inside := port[strings.LastIndexByte(port, ':')+1:]; !listens[name+":"+inside] {
+				t.Errorf("%s publishes %s, where it doesn't listen", name, port)
+			}
+		}
+		for _, v := range s.Volumes {
+			from, _, _ := strings.Cut(v, ":")
+			_, declared := c.Volumes[from]
+			_, err := os.Stat(filepath.Join(root, from))
+			if strings.HasPrefix(from, ".") && err != nil || !strings.HasPrefix(from, ".") && !declared {
+				t.Errorf("%s: there is no volume %s", name, from)
+			}
+		}
 	}
-	if keys[0] != keys[1] {
-		t.Errorf("the key changes: %q", keys)
+	// What asks for another service, by name and port.
+	texts := map[string]string{"haproxy.cfg": haproxy, "nats.conf": nats, "prometheus.yml": prometheus, "datasource.yml": read(t, "scripts/compose/grafana/datasource.yml")}
+	for name, s := range c.Services {
+		texts[name] = fmt.Sprint(s.Environment)
 	}
-	script("worker")
-	c := newClient("http://"+listen+"/v1", keys[0])
-	defer c.close()
-	var r reply
-	stack.Until(t, 30*time.Second, "the demo model", func() bool {
-		r = c.chat(t.Context(), true, nil)
-		return r.err == nil
-	})
-	wantWhole(t, r)
-}
-
-// TestComposeVersion: the nats-server of docker-compose.yml is the one that the tests
-// run.
-func TestComposeVersion(t *testing.T) {
-	mod, err := os.ReadFile("../../go.mod")
-	if err != nil {
-		t.Fatal(err)
+	names := slices.Sorted(maps.Keys(c.Services))
+	slices.Reverse(names)
+	asked := 0
+	for where, text := range texts {
+		for _, address := range regexp.MustCompile(`\b(?:`+strings.Join(names, "|")+`):\d+\b`).FindAllString(text, -1) {
+			asked++
+			if !listens[address] {
+				t.Errorf("%s asks for %s, where nobody listens", where, address)
+			}
+		}
 	}
-	m := regexp.MustCompile(`nats-server/v2 v([\d.]+)`).FindSubmatch(mod)
-	if m == nil {
-		t.Fatal("go.mod has no nats-server")
+	if asked < 20 {
+		t.Errorf("only %d addresses found", asked)
 	}
-	if image := composed(t, composeValues)["nats"].Image; !strings.HasPrefix(image, "nats:"+string(m[1])) {
-		t.Errorf("docker-compose.yml has %s, go.mod %s", image, m[1])
+	// Prometheus watches all roles, and the load balancer all edges.
+	for name := range c.ours(t) {
+		if listens[name+":9192"] && name != "worker-ollama" && !strings.Contains(prometheus, name+":9192") {
+			t.Errorf("Prometheus doesn't watch %s", name)
+		}
+		if listens[name+":9191"] && !strings.Contains(haproxy, " "+name+":9191\n") {
+			t.Errorf("the load balancer doesn't know %s", name)
+		}
+	}
+	if !strings.Contains(haproxy, "check port 9192") || !strings.Contains(haproxy, "httpchk GET /readyz") || strings.Contains(haproxy, "http-buffer-request") {
+		t.Error("the load balancer doesn't look at /readyz, or it buffers")
 	}
 }

@@ -56,10 +56,11 @@ func main() {
 	flag.StringVar(&o.haproxy, "haproxy", "", "HAProxy; empty: the one in PATH, or none")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, o); err != nil {
+	err := run(ctx, o)
+	stop()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "topology:", err)
-		os.Exit(1) //nolint:gocritic // the signal handler ends with the process
+		os.Exit(1)
 	}
 }
 
@@ -108,7 +109,7 @@ func run(ctx context.Context, o options) (err error) {
 	if err := os.Rename(path+".part", path); err != nil {
 		return err
 	}
-	defer os.Remove(path)
+	defer func() { err = errors.Join(err, os.Remove(path)) }()
 	fmt.Printf("All is up.\n\n  base URLs  %v %s\n  API key    %s\n  more       %s\n", t.Edges, t.Balancer, t.APIKey, path)
 	return s.wait(ctx)
 }

@@ -20,7 +20,7 @@ import (
 )
 
 const (
-	startWait = 90 * time.Second
+	startWait = 3 * time.Minute
 	lookEvery = 100 * time.Millisecond
 )
 
@@ -192,7 +192,7 @@ func (s *site) here(name string, own *service) (func(string) string, error) {
 			if err != nil {
 				return err
 			}
-			text := strings.NewReplacer(paths...).Replace(addresses(listening(s.balanced(name, string(b)))))
+			text := strings.NewReplacer(paths...).Replace(addresses(s.balanced(name, listening(string(b)))))
 			// The only relative path: that of the accounts, which are in a volume.
 			text = strings.Replace(text, "include config/", "include ../volumes/config/", 1)
 			if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
