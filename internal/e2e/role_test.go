@@ -77,7 +77,7 @@ func TestDatabaseRole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close(context.Background())
+	defer func() { _ = conn.Close(context.Background()) }()
 	for _, statement := range []string{
 		`DROP TABLE tenants`, `ALTER TABLE api_keys DROP COLUMN revoked_at`, `TRUNCATE ledger`, `CREATE TABLE mine (x int)`,
 		`CREATE TEMPORARY TABLE mine (x int)`, `CREATE SCHEMA mine`, `CREATE INDEX ON ledger (cost)`,
