@@ -145,9 +145,11 @@ func TestFloodOfBadPairings(t *testing.T) {
 	checkRefusal(t, resp, body, "too_many_failures", "")
 	resp, body = h.do("POST", beatPath, credential.NewAgent().Reveal(), beatBody())
 	checkRefusal(t, resp, body, "too_many_failures", "")
-	if resp, body := h.do("POST", beatPath, a.Credential, beatBody()); resp.StatusCode != 200 {
-		t.Errorf("an agent that is known: %s %s", resp.Status, body)
-	}
+	// On a machine that is overrun, what the edge remembers of it can be too old for a moment.
+	until(t, "an agent that is known to be heard", func() bool {
+		resp, _ := h.do("POST", beatPath, a.Credential, beatBody())
+		return resp.StatusCode == 200
+	})
 }
 
 // Without an address of its own for it, an edge says that the bus is where it is itself.

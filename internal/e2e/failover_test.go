@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
@@ -110,7 +111,8 @@ func TestFailover(t *testing.T) {
 	if moved := int(s.Started) - len(replies); moved < kills {
 		t.Errorf("only %d times a reply was continued", moved)
 	}
-	stack.Until(t, 10*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	// A job that couldn't be taken out is delivered once more, after AckWait, and refused.
+	stack.Until(t, 2*bus.AckWait, "an empty queue", func() bool { return jobs(t, c) == 0 })
 }
 
 // TestFailoverFromAFrozenWorker stops a worker for longer than anybody waits for it. What it

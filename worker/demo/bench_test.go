@@ -86,7 +86,7 @@ func TestManyStreamsKeepThePace(t *testing.T) {
 	all.Wait()
 	took := time.Since(start)
 	want := time.Second * (tokens - 1) / pace
-	if took < want || took > want+want/2 {
+	if took < want || took > 5*want { // not one after the other, however busy the machine
 		t.Errorf("%d streams took %v, want %v", streams, took, want)
 	}
 	if stats := s.Stats(); stats.Finished != streams || stats.Tokens != streams*tokens {
