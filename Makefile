@@ -6,6 +6,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 LINTER_VERSION := v2.15.0
+VULN_VERSION := v1.1.4
 LINTER := .bin/golangci-lint-$(LINTER_VERSION)
 
 # How long `make fuzz` gives each target.
@@ -96,6 +97,10 @@ limits: ## limits under load, edges killed and frozen, the database gone: as oft
 .PHONY: failover
 failover: ## 200 workers killed in mid-stream, and a real model that dies in its reply
 	OWNLLM_FULL=1 $(TEST) -run "TestFailover|TestRealModelIsContinued" -timeout 30m -v ./internal/e2e
+
+.PHONY: vuln
+vuln: ## govulncheck, at the pinned version; it needs the network
+	go run golang.org/x/vuln/cmd/govulncheck@$(VULN_VERSION) ./...
 
 .PHONY: clean
 clean: ## remove what was built and installed here

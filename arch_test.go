@@ -17,6 +17,7 @@ import (
 	"testing"
 
 	"github.com/ownllm/ownllm/internal/command"
+	"github.com/ownllm/ownllm/schemas"
 )
 
 const module = "github.com/ownllm/ownllm"
@@ -227,8 +228,7 @@ func TestDependenciesAreExplained(t *testing.T) {
 	}
 }
 
-// Every package is in the folder map, and every test that ARCHITECTURE.md names is
-// there.
+// Every package is in the folder map, and every test that the documents name is there.
 func TestArchitectureIsTrue(t *testing.T) {
 	text := read(t, "ARCHITECTURE.md")
 	for _, p := range list(t, "./...") {
@@ -242,15 +242,41 @@ func TestArchitectureIsTrue(t *testing.T) {
 			tests.WriteString(read(t, file))
 		}
 	}
-	for _, name := range regexp.MustCompile(`\b(?:Test|Fuzz|Benchmark)[A-Z]\w+`).FindAllString(text, -1) {
-		if !strings.Contains(tests.String(), "\nfunc "+name+"(") {
-			t.Errorf("ARCHITECTURE.md names %s, which doesn't exist", name)
+	for _, doc := range documents {
+		for _, name := range regexp.MustCompile(`\b(?:Test|Fuzz|Benchmark)[A-Z]\w+`).FindAllString(read(t, doc), -1) {
+			if !strings.Contains(tests.String(), "\nfunc "+name+"(") {
+				t.Errorf("%s names %s, which doesn't exist", doc, name)
+			}
 		}
 	}
 }
 
+// The runbook has an entry for every code that a user may bring, and names no other.
+func TestRunbookHasEveryCode(t *testing.T) {
+	_, text, ok := strings.Cut(read(t, "OPERATIONS.md"), "## Runbook: by code")
+	text, _, _ = strings.Cut(text, "\n## ")
+	if !ok {
+		t.Fatal("OPERATIONS.md has no runbook by code")
+	}
+	entries := make(map[string]bool)
+	for _, row := range regexp.MustCompile("(?m)^\\| (`[^|]+) \\|").FindAllStringSubmatch(text, -1) {
+		for _, code := range regexp.MustCompile("`([a-z_]+)`").FindAllStringSubmatch(row[1], -1) {
+			entries[code[1]] = true
+		}
+	}
+	for _, info := range schemas.Codes {
+		if !entries[string(info.Code)] {
+			t.Errorf("the runbook of OPERATIONS.md lacks %s", info.Code)
+		}
+		delete(entries, string(info.Code))
+	}
+	for code := range entries {
+		t.Errorf("the runbook of OPERATIONS.md has %s, which isn't a code", code)
+	}
+}
+
 // documents are for people who come to the project.
-var documents = []string{"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "BENCHMARKS.md"}
+var documents = []string{"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "BENCHMARKS.md", "ERRORS.md", "OPERATIONS.md", "SECURITY.md"}
 
 func TestLinksLeadSomewhere(t *testing.T) {
 	for _, doc := range documents {

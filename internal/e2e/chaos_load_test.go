@@ -35,6 +35,7 @@ type told struct {
 	tokens  int
 	usage   int // as told; 0: it wasn't
 	whole   bool
+	took    time.Duration
 }
 
 // chaosLoad is mixed load: clients over HTTP, streamed and not, publishers that wait for
@@ -52,7 +53,8 @@ type chaosLoad struct {
 	told      []told
 	requests  map[string]int // by door
 	retries   map[string]int
-	failures  map[string]int // by door and code
+	failures  map[string]int           // by door and code
+	slowest   map[string]time.Duration // by door
 	wrong     []string
 	submitted map[string]int // tokens of what was accepted, by id
 	taken     int            // of the submissions, how many were sent
@@ -64,7 +66,7 @@ func newChaosLoad(t *testing.T, c *chaos) *chaosLoad {
 	t.Helper()
 	l := &chaosLoad{
 		c: c, ledger: openLedger(t, c.DatabaseURL), keys: map[string]schemas.KeyID{}, rows: map[string]int{},
-		requests: map[string]int{}, retries: map[string]int{}, failures: map[string]int{}, submitted: map[string]int{},
+		requests: map[string]int{}, retries: map[string]int{}, failures: map[string]int{}, slowest: map[string]time.Duration{}, submitted: map[string]int{},
 	}
 	setPrice(t, c.Cluster, "demo", chaosPrice)
 	secrets := map[string]string{}
@@ -154,6 +156,7 @@ func (l *chaosLoad) note(x told, failure string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.requests[x.door]++
+	l.slowest[x.door] = max(l.slowest[x.door], x.took.Round(100*time.Millisecond))
 	if failure != "" {
 		l.failures[x.door+" "+failure]++
 	}
@@ -216,7 +219,7 @@ func (l *chaosLoad) overHTTP(ctx context.Context, edges []*client, stream bool) 
 		case r.status == http.StatusServiceUnavailable && r.header.Get("Retry-After") == "":
 			l.bad("%s has no Retry-After", who)
 		}
-		good := l.note(told{doorHTTP, r.request(), tokensOf(r.text), r.usage, r.done}, failure)
+		good := l.note(told{doorHTTP, r.request(), tokensOf(r.text), r.usage, r.done, time.Since(began)}, failure)
 		if good || try == 2 || r.status == http.StatusOK {
 			return good
 		}
@@ -268,7 +271,7 @@ func (l *chaosLoad) overNATS(ctx context.Context, p *publisher, stream bool) boo
 	case h.err != nil && !mayFail[h.code()]:
 		l.bad("%s: %+v", who, h.err)
 	}
-	x := told{door: doorNATS, request: string(h.request), tokens: tokensOf(text), whole: whole}
+	x := told{door: doorNATS, request: string(h.request), tokens: tokensOf(text), whole: whole, took: time.Since(began)}
 	if h.usage != nil {
 		x.usage = h.usage.CompletionTokens
 	}
@@ -337,7 +340,7 @@ func (l *chaosLoad) awaitGood(t *testing.T, within time.Duration, why string) {
 
 func (l *chaosLoad) report(t *testing.T) {
 	t.Helper()
-	t.Logf("requests %v, tried again %v, failed %v", l.requests, l.retries, l.failures)
+	t.Logf("requests %v, tried again %v, failed %v; the slowest took %v", l.requests, l.retries, l.failures, l.slowest)
 	for _, w := range l.wrong {
 		t.Error(w)
 	}
@@ -374,7 +377,7 @@ func (l *chaosLoad) wantSettled(t *testing.T) {
 		switch {
 		case o.State == schemas.SubmissionDone:
 			ended["done"]++
-			l.told = append(l.told, told{doorDurable, string(o.Request), tokens, o.Usage.CompletionTokens, true})
+			l.told = append(l.told, told{doorDurable, string(o.Request), tokens, o.Usage.CompletionTokens, true, 0})
 			if o.text() != numbered(tokens) {
 				t.Errorf("submission %s has the text %q", id, o.text())
 			}

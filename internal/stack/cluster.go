@@ -74,6 +74,17 @@ func StartClusterIn(t testing.TB, store string, brokerArgs ...string) *Cluster {
 	return c
 }
 
+// RestoreCluster starts nats-server and a broker for what was another cluster, on copies of its
+// database and of the data of its nats-server.
+func RestoreCluster(t testing.TB, of *Cluster, databaseURL, store string, brokerArgs ...string) *Cluster {
+	t.Helper()
+	c := newCluster(t, databaseURL, 1)
+	c.store, c.token, c.Key = store, of.token, of.Key
+	c.StartNATS()
+	c.StartBroker(brokerArgs...)
+	return c
+}
+
 // StartRouted is StartCluster with three nats-servers in a cluster.
 func StartRouted(t testing.TB, brokerArgs ...string) *Cluster {
 	t.Helper()

@@ -1,0 +1,57 @@
+package metric
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+var update = flag.Bool("update", false, "write the table of OPERATIONS.md")
+
+// TestReference holds the table of metrics in OPERATIONS.md to what is measured.
+func TestReference(t *testing.T) {
+	names := make(map[string]string)
+	var source string
+	for _, file := range []string{"metric.go", "genai.go"} {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		source += string(b)
+	}
+	for _, m := range regexp.MustCompile(`(Name\w+)\s+= "([^"]+)"`).FindAllStringSubmatch(source, -1) {
+		names[m[1]] = m[2]
+	}
+	kinds := map[string]string{"counter": "counter", "level": "level", "seconds": "histogram, seconds", "m.Int64Histogram": "histogram"}
+	var table strings.Builder
+	table.WriteString("| metric | kind | what |\n|---|---|---|\n")
+	rows := 0
+	made := regexp.MustCompile(`(counter|level|seconds|m\.Int64Histogram)\((Name\w+),[^\n]*?(?:\n\s*otelmetric\.WithDescription\()?"([^"{][^"]+\.)"`)
+	for _, m := range made.FindAllStringSubmatch(source, -1) {
+		fmt.Fprintf(&table, "| `%s` | %s | %s |\n", names[m[2]], kinds[m[1]], m[3])
+		rows++
+	}
+	if rows != len(names) {
+		t.Errorf("%d names, and %d of them are found where instruments are made", len(names), rows)
+	}
+	file := filepath.Join("..", "..", "OPERATIONS.md")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	part := regexp.MustCompile(`(?s)(<!-- metrics: [^\n]*-->\n).*?(<!-- end -->)`)
+	want := part.ReplaceAllString(string(b), "${1}"+strings.ReplaceAll(table.String(), "$", "$$")+"${2}")
+	if *update {
+		if err := os.WriteFile(file, []byte(want), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	if string(b) != want || !part.Match(b) {
+		t.Error("OPERATIONS.md doesn't have what is measured: run go test ./broker/metric -run TestReference -update")
+	}
+}
