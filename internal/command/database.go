@@ -33,7 +33,7 @@ func (c *migrateCommand) Validate() error {
 
 // Run migrates.
 func (c *migrateCommand) Run(ctx context.Context, env *Environment) error {
-	store, err := openBooks(ctx, c.DatabaseURL.Reveal())
+	store, err := openBooks(ctx, c.DatabaseURL.Reveal(), c.DatabaseConns)
 	if err != nil {
 		return err
 	}
