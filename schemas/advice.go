@@ -30,7 +30,7 @@ var advice = map[Code]string{
 	CodeModelNotFound:             "Check the name; `GET /v1/models` lists what there is.",
 	CodeNotFound:                  "Check the path and the base URL, which ends in `/v1`. In a stream over NATS: the request was cancelled.",
 	CodeMethodNotAllowed:          "Use the method that the `Allow` header names.",
-	CodeRequestTooLarge:           "Send less: a body of up to 32 MB unless the operator says otherwise, headers of up to 16 KB.",
+	CodeRequestTooLarge:           "Send less: a body of up to 32 MB unless the operator says otherwise, headers of up to 8 KB.",
 	CodeTooManyFailures:           "Stop, correct the key or the request, and wait for `Retry-After`.",
 	CodeQueueFull:                 "Wait for `Retry-After`: the machine has more to do than it may queue.",
 	CodeAgentTimeout:              "Try again, with fewer tokens if the reply was long; read streams without pausing.",
