@@ -100,7 +100,9 @@ func (l *loss) awaitGood(t *testing.T, why string) {
 	l.mu.Lock()
 	clear(l.rows)
 	l.mu.Unlock()
-	stack.Until(t, 30*time.Second, "good replies "+why, func() bool {
+	// Mostly it takes some seconds. Who was unlucky has lost the end of a reply, and then a job
+	// to AckWait.
+	stack.Until(t, 90*time.Second, "good replies "+why, func() bool {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		n := 0
