@@ -168,8 +168,9 @@ const (
 // lookOut looks, until stop is called, whether the model has left memory without the
 // worker's knowing, so that the backend loads it before it answers. Then the request waits
 // for that load as it would have from the start, and is given up, by end, once it has waited
-// for long enough. The worker asks for the load, too: so it outlives the request, and a model
-// that is in memory after all ends no request, since asking for it takes no time.
+// for long enough. The worker asks for the load, too, so that it doesn't end with the request:
+// Ollama breaks a load off whose request is gone, and then begins it once more for the worker's.
+// A model that is in memory after all ends no request, since asking for it takes no time.
 func (r *run) lookOut(ctx context.Context, end context.CancelCauseFunc) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	began, done := time.Now(), make(chan struct{})

@@ -24,7 +24,12 @@ func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
 	s.Metrics.SubmissionBegun(ctx)
 	defer s.Metrics.SubmissionLeft(ctx)
 	defer s.forget(c)
-	req, series, err := s.request(ctx, c)
+	id, err := s.Keys.Identify(ctx, c.Key)
+	if err != nil {
+		s.refused(ctx, c, nil, err, quota.Rate{})
+		return
+	}
+	req, series, err := s.request(id, c)
 	if err != nil {
 		s.refused(ctx, c, nil, err, quota.Rate{})
 		return
@@ -39,12 +44,12 @@ func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
 		span.SetAttributes(trace.AttrRequest.String(string(req.ID)), trace.AttrTenant.String(string(c.Tenant)),
 			trace.AttrKey.String(string(c.Key)), trace.AttrModel.String(c.Model))
 	}
-	trace.End(span, s.execute(ctx, c, req, series))
+	trace.End(span, s.execute(ctx, c, id, req, series))
 }
 
 // execute runs the request of a claim, and ends or returns the submission. The error is that
 // of the run.
-func (s *Scheduler) execute(ctx context.Context, c *books.Claim, req dispatch.Request, series *metric.Series) error {
+func (s *Scheduler) execute(ctx context.Context, c *books.Claim, id books.Identity, req dispatch.Request, series *metric.Series) error {
 	reply, rate, err := s.Dispatcher.Start(context.WithoutCancel(ctx), req)
 	if err != nil {
 		s.refused(ctx, c, nil, err, rate)
@@ -56,7 +61,7 @@ func (s *Scheduler) execute(ctx context.Context, c *books.Claim, req dispatch.Re
 			s.Log.WarnContext(ctx, "submissions of a model stay parked", "key", c.Key, "error", err)
 		}
 	}
-	completion, failure := s.read(ctx, req.Key, reply)
+	completion, failure := s.read(ctx, id, reply)
 	if failure != nil {
 		reply.Close()
 		desk.Record(ctx, series, reply, failure.Code, false)
@@ -74,11 +79,7 @@ func (s *Scheduler) execute(ctx context.Context, c *books.Claim, req dispatch.Re
 }
 
 // request makes the request of a claim, under an id of its own.
-func (s *Scheduler) request(ctx context.Context, c *books.Claim) (dispatch.Request, *metric.Series, error) {
-	id, err := s.Keys.Identify(ctx, c.Key)
-	if err != nil {
-		return dispatch.Request{}, nil, err
-	}
+func (s *Scheduler) request(id books.Identity, c *books.Claim) (dispatch.Request, *metric.Series, error) {
 	req, model, err := s.Desk.Chat(id, desk.Call{ID: schemas.NewRequestID(), Received: time.Now(), Body: c.Request})
 	// The result is one piece, whatever the publisher would have liked over HTTP.
 	req.Stream, req.IncludeUsage, req.Continuable = false, false, false
@@ -122,11 +123,9 @@ func (s *Scheduler) forget(c *books.Claim) {
 	s.Wake()
 }
 
-// read reads a reply to its end.
-func (s *Scheduler) read(ctx context.Context, key schemas.KeyID, reply *dispatch.Reply) (string, *schemas.Error) {
-	if id, err := s.Keys.Identify(ctx, key); err == nil {
-		defer s.Keys.GuardID(id, reply.Interrupt)()
-	}
+// read reads a reply to its end, or until its key isn't valid any more.
+func (s *Scheduler) read(ctx context.Context, id books.Identity, reply *dispatch.Reply) (string, *schemas.Error) {
+	defer s.Keys.GuardID(id, reply.Interrupt)()
 	defer context.AfterFunc(ctx, func() { reply.Interrupt(schemas.AsError(context.Cause(ctx))) })()
 	var body []byte
 	for {
