@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -29,6 +28,7 @@ import (
 	"github.com/ownllm/ownllm/broker/roster"
 	"github.com/ownllm/ownllm/edge"
 	"github.com/ownllm/ownllm/internal/faultproxy"
+	"github.com/ownllm/ownllm/internal/logtest"
 	"github.com/ownllm/ownllm/internal/natstest"
 	"github.com/ownllm/ownllm/internal/pgtest"
 	"github.com/ownllm/ownllm/schemas"
@@ -71,7 +71,7 @@ type house struct {
 	key      string
 	stop     context.CancelFunc // of the edge
 	served   chan error
-	log      *logBook
+	log      *logtest.Book
 }
 
 // plan says how a house is built.
@@ -92,7 +92,7 @@ const adminToken = "admin-token-of-the-test"
 
 func build(t testing.TB, p plan) *house {
 	t.Helper()
-	h := &house{t: t, log: &logBook{}, bus: natstest.Start(t)}
+	h := &house{t: t, log: &logtest.Book{}, bus: natstest.Start(t)}
 	log := slog.New(slog.NewTextHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	ctx := t.Context()
 	h.database = faultproxy.New(t, pgtest.New(t))
@@ -227,24 +227,6 @@ func (h *house) work(tenant schemas.TenantID, b backend.Config, log *slog.Logger
 		Tenant: tenant, Agent: id, Host: "test", Backends: []backend.Config{b}, Drain: time.Second,
 	}, log)
 	h.run("worker", w.Run)
-}
-
-// logBook keeps what is logged.
-type logBook struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (l *logBook) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(b)
-}
-
-func (l *logBook) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
 }
 
 func listen(t testing.TB, addr string) net.Listener {

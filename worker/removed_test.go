@@ -1,12 +1,9 @@
 package worker_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"log/slog"
-	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -14,42 +11,19 @@ import (
 
 	"github.com/ownllm/ownllm/broker/access"
 	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/internal/logtest"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker"
 	"github.com/ownllm/ownllm/worker/backend"
 	"github.com/ownllm/ownllm/worker/demo"
 )
 
-// journal is a log that a test reads.
-type journal struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (j *journal) Write(p []byte) (int, error) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.text.Write(p)
-}
-
-func (j *journal) count(text string) int {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return strings.Count(j.text.String(), text)
-}
-
-func (j *journal) String() string {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.text.String()
-}
-
 // second is a further agent of a house, with its log.
 type second struct {
 	h       *house
 	id      schemas.AgentID
 	told    *aside
-	journal *journal
+	journal *logtest.Book
 	nc      *nats.Conn
 	ended   chan error
 	stop    context.CancelFunc
@@ -57,7 +31,7 @@ type second struct {
 
 func newSecond(t *testing.T, h *house, giveUp time.Duration) *second {
 	t.Helper()
-	s := &second{h: h, id: "agt_2", told: &aside{}, journal: &journal{}, ended: make(chan error, 1)}
+	s := &second{h: h, id: "agt_2", told: &aside{}, journal: &logtest.Book{}, ended: make(chan error, 1)}
 	log := slog.New(slog.NewTextHandler(s.journal, nil))
 	open := func() *nats.Conn {
 		nc, err := bus.Connect(h.nats.AgentConfig(tenant, s.id), log)
@@ -139,11 +113,11 @@ func TestRemovedWorkerEnds(t *testing.T) {
 		t.Errorf("it gives up after %d questions", n)
 	}
 	for _, line := range []string{"the bus refuses this connection", "Pair the machine again"} {
-		if n := s.journal.count(line); n < 1 || n > 2 { // it has two connections
+		if n := s.journal.Count(line); n < 1 || n > 2 { // it has two connections
 			t.Errorf("%q is in the log %d times", line, n)
 		}
 	}
-	if n := s.journal.count("\n"); n > 12 {
+	if n := s.journal.Count("\n"); n > 12 {
 		t.Errorf("the log has %d lines:\n%s", n, s.journal)
 	}
 	running.reply.Close()
@@ -208,7 +182,7 @@ func TestFirstStartIsCalm(t *testing.T) {
 		t.Error("the connection wasn't renewed, so nothing was shown")
 	}
 	for _, word := range []string{"WARN", "ERROR", "lost", "is back"} {
-		if s.journal.count(word) > 0 {
+		if s.journal.Count(word) > 0 {
 			t.Errorf("the log has %q:\n%s", word, s.journal)
 		}
 	}

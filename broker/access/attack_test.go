@@ -185,10 +185,7 @@ func canWork(t *testing.T, server site) {
 	}
 	b.must(b.mallory.Publish(m.Reply, []byte("+WPI")))
 	b.must(b.mallory.Publish(m.Reply, []byte("+ACK")))
-	b.settled()
-	if all := b.stored(); len(all) != 0 {
-		t.Errorf("after the acknowledgement there is %v", all)
-	}
+	stack.Until(t, patience, "the job to be gone with its acknowledgement", func() bool { return len(b.stored()) == 0 })
 	report := &schemas.UsageReport{Version: schemas.ProtocolVersion, Request: "req_1", Attempt: 1}
 	b.must(bus.ReportUsage(t.Context(), b.mallory, tenant, mallory, report))
 	if all := b.stored(); all[schemas.UsageSubject(tenant, mallory)] != 1 {

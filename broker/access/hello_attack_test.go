@@ -1,7 +1,6 @@
 package access_test
 
 import (
-	"bytes"
 	"context"
 	"log/slog"
 	"strings"
@@ -15,6 +14,7 @@ import (
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/broker/registry"
+	"github.com/ownllm/ownllm/internal/logtest"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -40,31 +40,13 @@ func (r *reported) count() int {
 	return r.n
 }
 
-// paper is a log that a test reads.
-type paper struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (p *paper) Write(b []byte) (int, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.text.Write(b)
-}
-
-func (p *paper) count(text string) int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return strings.Count(p.text.String(), text)
-}
-
 // An agent that says hello and wants the answer elsewhere gets none, wherever that is: the
 // broker could publish there, and the agent couldn't.
 func TestHelloWithAForgedReplySubject(t *testing.T) { eachSite(t, forgedHellos) }
 
 func forgedHellos(t *testing.T, server site) {
 	b := newBench(t, server)
-	log, store := &paper{}, &reported{}
+	log, store := &logtest.Book{}, &reported{}
 	nc := server.Connect("broker")
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
@@ -115,7 +97,7 @@ func forgedHellos(t *testing.T, server site) {
 	b.settled()
 	b.expectRefusal("a hello with an acknowledgement as its reply subject")
 	stack.Until(t, patience, "the broker to have dropped them all", func() bool {
-		return log.count("hello with a foreign reply subject dropped") == len(forged)
+		return log.Count("hello with a foreign reply subject dropped") == len(forged)
 	})
 	b.must(nc.Flush())
 	b.settled()

@@ -1,7 +1,6 @@
 package ingress_test
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -22,6 +21,7 @@ import (
 	"github.com/ownllm/ownllm/broker/ingress"
 	"github.com/ownllm/ownllm/broker/presence"
 	"github.com/ownllm/ownllm/broker/quota"
+	"github.com/ownllm/ownllm/internal/logtest"
 	"github.com/ownllm/ownllm/internal/natstest"
 	"github.com/ownllm/ownllm/internal/quotatest"
 	"github.com/ownllm/ownllm/schemas"
@@ -100,25 +100,6 @@ func (k *fakeKeys) guarded() int {
 	return len(k.guards)
 }
 
-// logBook is a log that a test may read.
-type logBook struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-// Write implements io.Writer.
-func (l *logBook) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-func (l *logBook) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
 // house is an ingress with all that it needs, one publisher, and an agent that a test plays
 // by hand.
 type house struct {
@@ -127,7 +108,7 @@ type house struct {
 	table  *presence.Table
 	keys   *fakeKeys
 	books  *quotatest.Books
-	log    *logBook
+	log    *logtest.Book
 	pub    *nats.Conn
 	worker *nats.Conn
 	// consumer is where the agent pulls.
@@ -151,7 +132,7 @@ type plan struct {
 
 func build(t testing.TB, p plan) *house {
 	t.Helper()
-	h := &house{t: t, server: natstest.Start(t), table: presence.NewTable(), books: quotatest.New(), log: &logBook{}}
+	h := &house{t: t, server: natstest.Start(t), table: presence.NewTable(), books: quotatest.New(), log: &logtest.Book{}}
 	h.keys = &fakeKeys{
 		known:  map[schemas.KeyID]books.Identity{key: {Key: key, Tenant: tenant, Slug: "acme", User: "usr_1", Scopes: []string{books.ScopeAll}, Concurrency: 32, QPS: 32}},
 		hashes: map[apikey.Hash]schemas.KeyID{secret.Hash(): key},

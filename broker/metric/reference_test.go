@@ -1,16 +1,15 @@
 package metric
 
 import (
-	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
-)
 
-var update = flag.Bool("update", false, "write the table of OPERATIONS.md")
+	"github.com/ownllm/ownllm/internal/doctest"
+)
 
 // TestReference holds the table of metrics in OPERATIONS.md to what is measured.
 func TestReference(t *testing.T) {
@@ -38,20 +37,5 @@ func TestReference(t *testing.T) {
 	if rows != len(names) {
 		t.Errorf("%d names, and %d of them are found where instruments are made", len(names), rows)
 	}
-	file := filepath.Join("..", "..", "OPERATIONS.md")
-	b, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	part := regexp.MustCompile(`(?s)(<!-- metrics: [^\n]*-->\n).*?(<!-- end -->)`)
-	want := part.ReplaceAllString(string(b), "${1}"+strings.ReplaceAll(table.String(), "$", "$$")+"${2}")
-	if *update {
-		if err := os.WriteFile(file, []byte(want), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	if string(b) != want || !part.Match(b) {
-		t.Error("OPERATIONS.md doesn't have what is measured: run go test ./broker/metric -run TestReference -update")
-	}
+	doctest.Section(t, filepath.Join("..", "..", "OPERATIONS.md"), "metrics", table.String())
 }

@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/ownllm/ownllm/internal/logtest"
 )
 
 // asOwner is the environment variable that makes the test binary an owner of a
@@ -237,24 +239,6 @@ func serverPID(t *testing.T, dir string) int {
 	return pid
 }
 
-// journal is a log that a test reads while it is written.
-type journal struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (j *journal) Write(p []byte) (int, error) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.text.Write(p)
-}
-
-func (j *journal) String() string {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.text.String()
-}
-
 // A server may outlive its owner after all (not Linux, or it hangs).
 func TestLeftover(t *testing.T) {
 	dir := t.TempDir()
@@ -262,7 +246,7 @@ func TestLeftover(t *testing.T) {
 	if err := left.home.close(); err != nil { // as the kernel does for the dead
 		t.Fatal(err)
 	}
-	var log journal
+	var log logtest.Book
 	s := start(t, Config{DataDir: dir, NoSync: true, Log: slog.New(slog.NewTextHandler(&log, nil))})
 	mustQuery(t, s.URL(), "select 1")
 	if err := left.Wait(); err != nil {
