@@ -15,7 +15,7 @@ FUZZTIME ?= 10s
 CHAOS ?= 5m
 # How many packages `make test` tests at once. Most of them start servers, and some look at
 # the clock.
-PARALLEL ?= 2
+PARALLEL ?= 1
 # Never from the cache: tests of the built binary depend on more than Go sees.
 TEST := go test -count=1
 # More arguments of the program: make up ARGS='--backend http://127.0.0.1:11434'
