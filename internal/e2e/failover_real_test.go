@@ -35,7 +35,8 @@ func startRealModel(t *testing.T) *realModel {
 			t.Fatalf("the real model has ended: %v", m.Err())
 		}
 		for _, line := range m.Log() {
-			if strings.HasPrefix(line, "{") && json.Unmarshal([]byte(line), m) == nil {
+			// The log of its server may have begun the line, or go on in it.
+			if i := strings.Index(line, `{"url"`); i >= 0 && json.NewDecoder(strings.NewReader(line[i:])).Decode(m) == nil {
 				return true
 			}
 		}
