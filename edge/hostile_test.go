@@ -144,7 +144,7 @@ func TestBodiesOnTheirWay(t *testing.T) {
 	t.Parallel()
 	const concurrency, slack = 2, 32
 	h := build(t, plan{})
-	_, key := h.newKey(books.NewKey{Concurrency: new(concurrency)})
+	id, key := h.newKey(books.NewKey{Concurrency: new(concurrency)})
 	until(t, "the key to be known", func() bool { return h.known(key) || h.code("GET", "/v1/models", key, "").code == "" && h.known(key) })
 	text := ask("")
 	slow := func() *raw {
@@ -156,10 +156,10 @@ func TestBodiesOnTheirWay(t *testing.T) {
 	for range concurrency + slack {
 		begun = append(begun, slow())
 	}
-	until(t, "one more to be refused", func() bool {
-		got := h.code("POST", "/v1/chat/completions", key, text)
-		return got == refusal{429, "concurrency_limit"}
-	})
+	until(t, "all bodies to be on their way", func() bool { return h.edge.Uploads(id) == concurrency+slack })
+	if got := h.code("POST", "/v1/chat/completions", key, text); got != (refusal{429, "concurrency_limit"}) {
+		t.Errorf("one more: %+v", got)
+	}
 	if resp, body := h.do("POST", "/v1/chat/completions", h.key, text); resp.StatusCode != 200 {
 		t.Errorf("another key got %d %s", resp.StatusCode, body)
 	}
