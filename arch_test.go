@@ -86,14 +86,14 @@ var floors = []struct {
 	{[]string{"broker"}, []string{"broker", "schemas"}},
 	{[]string{"edge"}, []string{"edge", "broker", "schemas", "internal/adminapi"}},
 	{[]string{"worker"}, []string{"worker", "broker", "schemas", "internal/secret"}},
-	{[]string{"internal/secret", "internal/postgres", "internal/telemetry"}, nil},
+	{[]string{"internal/port", "internal/secret", "internal/postgres", "internal/telemetry"}, nil},
 	{[]string{"internal/adminapi"}, []string{"internal/secret", "schemas"}},
 	{[]string{"internal/load"}, []string{"internal/load", "internal/secret", "schemas"}},
 	{[]string{"internal/command"}, []string{"edge", "worker", "broker", "schemas", "internal/adminapi", "internal/load", "internal/postgres", "internal/secret", "internal/telemetry"}},
 	{[]string{"."}, []string{"internal/command"}},
 	// It founds tenants by the thousand, and runs workers by the thousand in one process.
 	{[]string{"internal/bench"}, []string{"worker", "broker", "schemas", "internal/adminapi", "internal/load", "internal/secret"}},
-	{[]string{"internal/topology"}, []string{"internal/postgres"}},
+	{[]string{"internal/topology"}, []string{"internal/port", "internal/postgres"}},
 	{helpers, []string{"worker", "broker", "schemas", "internal"}},
 }
 

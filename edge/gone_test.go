@@ -25,7 +25,7 @@ import (
 // machine may add.
 const (
 	noticed = time.Second
-	slack   = time.Second
+	slack   = 2 * time.Second
 )
 
 // depth counts the jobs in the stream.

@@ -27,7 +27,7 @@ const (
 	model  = "qwen/qwen2.5:32b"
 
 	// patience is how long a test waits for what has to come.
-	patience = 10 * time.Second
+	patience = 30 * time.Second
 )
 
 // house is a dispatcher with all that it needs, and agents that a test plays by hand.

@@ -21,7 +21,7 @@ func (r *rig) watch() {
 			r.t.Errorf("watch ended: %v", err)
 		}
 	})
-	until(r.t, "the feed hears of connections", 2*time.Second+busy, func() bool { return system.NumSubscriptions() > 0 })
+	until(r.t, "the feed hears of connections", patience, func() bool { return system.NumSubscriptions() > 0 })
 	if err := system.Flush(); err != nil {
 		r.t.Fatal(err)
 	}
@@ -35,7 +35,7 @@ func TestClosedConnectionTells(t *testing.T) {
 	w.stop()
 	closed := time.Now()
 	w.nc.Close()
-	until(t, "the agent is gone", 2*time.Second+busy, func() bool { return r.isGone(w.inc) })
+	until(t, "the agent is gone", patience, func() bool { return r.isGone(w.inc) })
 	at, _ := r.goneAt(w.inc)
 	if took := at.Sub(closed); took > suspectAfter-200*time.Millisecond+busy {
 		t.Errorf("that took %s", took)
@@ -58,7 +58,7 @@ func TestReconnectIsNoEnd(t *testing.T) {
 		throughout(t, "the agent is here", returnWait+returnAgain/2, func() bool { return !r.isGone(w.inc) })
 	}
 	next := r.join("a", "m=ready")
-	until(t, "the new run is here", 2*time.Second+busy, func() bool { return r.isGone(w.inc) })
+	until(t, "the new run is here", patience, func() bool { return r.isGone(w.inc) })
 	w.stop()
 	w.nc.Close()
 	throughout(t, "the new run is here", returnWait+closedAsk, func() bool { return !r.isGone(next.inc) && r.state("a") == schemas.AgentUp })

@@ -46,7 +46,7 @@ func TestBackupAndRestore(t *testing.T) {
 		wantWhole(t, client.chat(t.Context(), true, priced(t, 10, nil)))
 	}
 	before := openLedger(t, old.DatabaseURL)
-	paid := before.wantClosed(key, 10*time.Second)
+	paid := before.wantClosed(key, 30*time.Second)
 	s := newSubmitter(t, old, books.NewKey{})
 	s.accept("done", says("done"))
 	s.done("done", "done")
@@ -78,11 +78,11 @@ func TestBackupAndRestore(t *testing.T) {
 	client = newClient(edge.BaseURL, secret)
 	defer client.close()
 	wantWhole(t, client.chat(t.Context(), true, priced(t, 10, nil)))
-	if got := after.wantClosed(key, 10*time.Second); len(got) != 4 {
+	if got := after.wantClosed(key, 30*time.Second); len(got) != 4 {
 		t.Errorf("the ledger has %d rows after one more request", len(got))
 	}
 	s.c = c
 	s.done("done", "done")
 	s.done("waits", "waited")
-	stack.Until(t, 20*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	stack.Until(t, 30*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
 }
