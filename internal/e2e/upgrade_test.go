@@ -167,8 +167,9 @@ func TestRollingUpgrade(t *testing.T) {
 			t.Errorf("a process that was to stop ended with %v", err)
 		}
 	}
+	lead := leader(t, c.Cluster)
 	for n := range count(1, len(c.Servers)) {
-		i := (leader(t, c.Cluster) + n) % len(c.Servers)
+		i := (lead + n) % len(c.Servers)
 		c.Servers[i].Signal(syscall.SIGUSR2)
 		c.Servers[i].AwaitEnd(60 * time.Second)
 		c.RestartServer(i)
