@@ -385,7 +385,7 @@ func (r *Reply) publish(choice presence.Choice, ends uint64) error {
 	}
 	a.series.Queued(r.ctx)
 	job := schemas.Job{
-		Version: schemas.ProtocolVersion, Request: r.req.ID, Attempt: r.attempts + 1,
+		Version: choice.Protocol, Request: r.req.ID, Attempt: r.attempts + 1,
 		Nonce: a.nonce, Owner: d.owner, Tenant: r.req.Tenant, Key: r.req.Key,
 		Operation: r.req.Operation, Model: r.req.Model,
 		Deadline: r.req.Received.Add(d.cfg.Total).UnixMilli(), ColdWait: d.cfg.ColdWait.Milliseconds(),

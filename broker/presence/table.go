@@ -43,6 +43,7 @@ type agent struct {
 	incarnation schemas.Incarnation
 	state       schemas.AgentState // "" while the agent is away
 	bye         bool               // the incarnation has said its last word
+	protocol    int                // the newest that the incarnation speaks
 	lastSeen    time.Time
 	aside       time.Time // when it was last heard of over HTTPS; zero: not lately
 	hash        string
@@ -149,6 +150,7 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 	}
 	a.incarnation, a.lastSeen, a.bye = hb.Incarnation, now, hb.State == schemas.AgentBye
 	a.aside = time.Time{}
+	a.protocol = hb.Version
 	a.running, a.waiting, a.slots = hb.Running, hb.Waiting, hb.Slots
 	switch hb.State {
 	case schemas.AgentBye:
