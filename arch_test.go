@@ -74,7 +74,7 @@ func within(path string, of ...string) bool {
 }
 
 // helpers are packages for tests only.
-var helpers = []string{"internal/doctest", "internal/faultproxy", "internal/logtest", "internal/pgtest", "internal/natstest", "internal/quotatest", "internal/stack"}
+var helpers = []string{"internal/doctest", "internal/faultproxy", "internal/logtest", "internal/pgtest", "internal/natstest", "internal/quotatest", "internal/sentrytest", "internal/stack"}
 
 // Arrows point only downward: what each floor may import of the module. The first
 // entry that holds a package counts.
@@ -124,6 +124,7 @@ var vendors = []struct {
 	{[]string{"github.com/gofiber", "github.com/valyala/fasthttp"}, []string{"edge"}},
 	{[]string{"github.com/nats-io/nats-server"}, []string{"broker/natsd"}},
 	{[]string{"go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters", "github.com/prometheus"}, []string{"internal/telemetry"}},
+	{[]string{"github.com/getsentry"}, []string{"internal/telemetry"}},
 	{[]string{"github.com/alecthomas/kong"}, []string{"internal/command"}},
 	{[]string{"github.com/HdrHistogram"}, []string{"internal/load"}},
 	{[]string{"testing", "go.uber.org/goleak", "github.com/google/go-cmp", "pgregory.net/rapid"}, helpers},
@@ -164,7 +165,7 @@ func TestOutOfReach(t *testing.T) {
 		{[]string{"worker"}, slices.Concat(database, http, server)},
 		{[]string{"broker/chat", "broker/presence", "broker/bus"}, slices.Concat(database, http, server)},
 		{[]string{"edge"}, server},
-		{[]string{"."}, []string{"go.uber.org/goleak", module + "/internal/doctest", module + "/internal/faultproxy", module + "/internal/logtest", module + "/internal/pgtest", module + "/internal/natstest", module + "/internal/quotatest", module + "/internal/stack"}},
+		{[]string{"."}, []string{"go.uber.org/goleak", module + "/internal/doctest", module + "/internal/faultproxy", module + "/internal/logtest", module + "/internal/pgtest", module + "/internal/natstest", module + "/internal/quotatest", module + "/internal/sentrytest", module + "/internal/stack"}},
 	}
 	for _, p := range list(t, "./...") {
 		for _, rule := range rules {
