@@ -50,11 +50,16 @@ func NewQueue(nc *nats.Conn) (*Queue, error) {
 	return &Queue{nc, js}, nil
 }
 
+// provisionWait bounds Provision. In a cluster that has just started, streams wait for leaders.
+const provisionWait = 30 * time.Second
+
 // Provision creates the streams of jobs, or updates them to the given bounds, and that of
 // usage reports. It can be called again and again, by several brokers. A stream is never
 // taken back: ErrNewerStream, ErrMoreReplicas. That of a build before there were shards
 // goes once it is empty: ErrOldStream.
 func (q *Queue) Provision(ctx context.Context, cfg QueueConfig) error {
+	ctx, cancel := context.WithTimeout(ctx, provisionWait)
+	defer cancel()
 	if err := q.retire(ctx); err != nil {
 		return err
 	}
