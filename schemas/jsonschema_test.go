@@ -47,7 +47,7 @@ var wire = map[string]struct{ full, minimal any }{
 	"inventory":    {Inventory{[]Model{fullModel}, true}, Inventory{}},
 	"heartbeat":    {Heartbeat{ProtocolVersion, NewIncarnation(), AgentUp, "h", &Inventory{[]Model{fullModel}, true}, "gpu-1", 1, 1, 1}, Heartbeat{Version: ProtocolVersion, Incarnation: NewIncarnation(), State: AgentBye, Hash: "h"}},
 	"hello":        {Hello{ProtocolVersion, OldestProtocol, NewIncarnation(), "s", "h", Inventory{[]Model{fullModel}, true}}, Hello{Version: ProtocolVersion, Incarnation: NewIncarnation()}},
-	"welcome":      {Welcome{ProtocolVersion, JobStream, map[string]string{"m": "c"}, fullError}, Welcome{Stream: JobStream}},
+	"welcome":      {Welcome{ProtocolVersion, JobStream("agt_2"), map[string]string{"m": "c"}, fullError}, Welcome{Stream: JobStream("agt_2")}},
 	"control":      {Control{ControlLimit, NewNonce(), ReasonCancelled, NewIncarnation(), 1, true}, Control{Operation: ControlInventory}},
 	"body-request": {BodyRequest{1}, BodyRequest{}},
 	"ingress-answer": {

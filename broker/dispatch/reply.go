@@ -236,7 +236,7 @@ func (r *Reply) remove(a *attempt) {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), removeWait)
 	defer cancel()
-	if err := r.d.queue.Delete(ctx, a.seq); err != nil && !bus.Down(err) {
+	if err := r.d.queue.Delete(ctx, a.agent, a.seq); err != nil && !bus.Down(err) {
 		r.d.log.WarnContext(ctx, "job not removed", "request", r.req.ID, "error", err)
 	}
 }
