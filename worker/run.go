@@ -80,6 +80,9 @@ func (r *run) serve(ctx context.Context) error {
 	if p.cold() {
 		leave() // a load takes no slot
 		r.claim(true)
+		if err := r.awaitGo(ctx); err != nil {
+			return err
+		}
 		if err := r.warm(ctx, p, r.coldWait()); err != nil {
 			return err
 		}
@@ -92,6 +95,9 @@ func (r *run) serve(ctx context.Context) error {
 	defer r.working.Store(false)
 	leave()
 	r.claim(false)
+	if err := r.awaitGo(ctx); err != nil {
+		return err
+	}
 	body, err := r.fetchBody(ctx)
 	if err != nil {
 		return err

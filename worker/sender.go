@@ -23,6 +23,7 @@ type sender struct {
 	stop    context.CancelCauseFunc
 	heard   chan struct{} // closed once the owner has the last frame, or wants none
 	room    chan struct{} // holds one token: the owner has taken frames
+	goes    chan struct{} // closed once the owner has said go; nil: that isn't waited for
 
 	mu         sync.Mutex
 	ackSubject string // of the latest delivery
@@ -86,14 +87,17 @@ func newSender(w *Worker, job *schemas.Job, ackSubject string, stop context.Canc
 		inbox: w.inbox + "." + id, stop: stop, heard: make(chan struct{}), room: make(chan struct{}, 1),
 		owner: job.Owner, ackSubject: ackSubject, spoke: now, reported: now, extended: now,
 	}
+	if job.Hold {
+		s.goes = make(chan struct{})
+	}
 	if from := job.Continue; from != nil {
 		s.tokens, s.usage = from.Tokens, schemas.Usage{PromptTokens: from.PromptTokens, CompletionTokens: from.Tokens}
 	}
 	return s
 }
 
-// claim asks the owner whether the run may go on. The answer isn't waited for: frames
-// that follow on the same connection reach the owner after the claim.
+// claim asks the owner whether the run may go on. The answer isn't waited for, unless by
+// awaitGo: frames that follow on the same connection reach the owner after the claim.
 func (s *sender) claim(loading bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -104,6 +108,19 @@ func (s *sender) claim(loading bool) {
 	}
 	s.claimed, s.spoke = true, time.Now()
 	s.report()
+}
+
+// awaitGo waits, if the job says so, until the owner has granted the claim.
+func (s *sender) awaitGo(ctx context.Context) error {
+	if s.goes == nil {
+		return nil
+	}
+	select {
+	case <-s.goes:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // report sends the state of the run as a request: as a claim until that is granted, as
@@ -242,6 +259,9 @@ func (s *sender) answered(v schemas.Verdict, now time.Time) {
 	}
 	if !s.granted {
 		s.granted = true
+		if s.goes != nil {
+			close(s.goes)
+		}
 		if s.prompt > 0 {
 			s.report() // which the claim couldn't tell
 		}
