@@ -24,7 +24,7 @@ const tries = 1000
 // listens, and which this package gives to nobody else before release is called.
 func Reserve() (address string, release func(), err error) {
 	for range tries {
-		address = net.JoinHostPort("127.0.0.1", strconv.Itoa(first+rand.IntN(last-first+1)))
+		address = net.JoinHostPort("127.0.0.1", strconv.Itoa(first+rand.IntN(last-first+1))) //nolint:gosec // it needs to be no secret
 		mark, taken := net.ListenPacket("udp4", address)
 		if taken != nil {
 			continue
