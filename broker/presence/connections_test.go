@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -51,11 +53,30 @@ func TestReconnectIsNoEnd(t *testing.T) {
 	r := newRig(t)
 	r.watch()
 	w := r.join("a", "m=ready")
-	for range 3 {
+	for swift, deadline := 0, time.Now().Add(patience); swift < 3; {
+		back := w.nc.StatusChanged(nats.CONNECTED)
+		left := time.Now()
 		if err := w.nc.ForceReconnect(); err != nil {
 			t.Fatal(err)
 		}
-		throughout(t, "the agent is here", returnWait+returnAgain/2, func() bool { return !r.isGone(w.inc) })
+		select {
+		case <-back:
+		case <-time.After(patience):
+			t.Fatal("the worker doesn't come back")
+		}
+		away := time.Since(left)
+		w.nc.RemoveStatusListener(back)
+		time.Sleep(time.Until(left.Add(returnWait + returnAgain/2))) // that nothing happens has no signal
+		switch gone := r.isGone(w.inc); {
+		case away < returnWait:
+			if swift++; gone {
+				t.Fatalf("the agent counted as gone, and was away for %s", away)
+			}
+		case time.Now().After(deadline):
+			t.Fatalf("the worker takes %s to come back", away)
+		case gone: // rightly so
+			w = r.join("a", "m=ready")
+		}
 	}
 	next := r.join("a", "m=ready")
 	until(t, "the new run is here", patience, func() bool { return r.isGone(w.inc) })

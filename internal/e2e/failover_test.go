@@ -119,7 +119,7 @@ func TestFailover(t *testing.T) {
 // says when it wakes up changes nothing. One that is stopped for a moment only isn't taken
 // for dead.
 func TestFailoverFromAFrozenWorker(t *testing.T) {
-	const streams, tokens, perSecond = 10, 300, 30
+	const streams, tokens, perSecond = 10, 450, 30
 	backends := []*stack.Backend{stack.StartBackend(t, longDemo()), stack.StartBackend(t, longDemo())}
 	c := stack.StartCluster(t)
 	edge := c.StartEdge()
@@ -132,7 +132,7 @@ func TestFailoverFromAFrozenWorker(t *testing.T) {
 		c.StartWorker(backends[1].URL).Serving()
 		awaitAgents(t, edge, 2)
 		frozen.Signal(syscall.SIGSTOP)
-		time.Sleep(2 * time.Second) // less than presence.StaleAfter
+		time.Sleep(1200 * time.Millisecond) // with the second between two beats, well below presence.StaleAfter
 		frozen.Signal(syscall.SIGCONT)
 		time.Sleep(1500 * time.Millisecond)
 		if n := backends[1].Stats().Started; n != 0 {

@@ -267,7 +267,7 @@ func TestWorkerDrains(t *testing.T) {
 	})
 	replies := together(streams, func(int) reply {
 		return client.chat(t.Context(), true, map[string]any{"demo": map[string]any{
-			"tokens": 40, "numbered": true, "tokens_per_second": 20,
+			"tokens": 40, "numbered": true, "tokens_per_second": 10,
 		}})
 	})
 	drained.Wait()

@@ -154,7 +154,7 @@ func TestRollingRestart(t *testing.T) {
 // there is another worker it goes on with them, and else each ends with an error that says
 // so.
 func TestDrainRunsOut(t *testing.T) {
-	const streams, tokens, perSecond = 6, 100, 20
+	const streams, tokens, perSecond = 6, 200, 20
 	backends := []*stack.Backend{stack.StartBackend(t, longDemo()), stack.StartBackend(t, longDemo())}
 	c := stack.StartCluster(t)
 	edge := c.StartEdge()

@@ -9,13 +9,17 @@ package port
 
 import (
 	"errors"
-	"math/rand/v2"
 	"net"
+	"os"
 	"strconv"
+	"sync/atomic"
 )
 
 // Linux chooses from 32768 on, and others from 49152.
 const first, last = 10_000, 32_767
+
+// next counts the ports that this process has looked at. Each process begins elsewhere.
+var next atomic.Int64
 
 // tries is how many ports are looked at before the machine counts as full.
 const tries = 1000
@@ -24,7 +28,8 @@ const tries = 1000
 // listens, and which this package gives to nobody else before release is called.
 func Reserve() (address string, release func(), err error) {
 	for range tries {
-		address = net.JoinHostPort("127.0.0.1", strconv.Itoa(first+rand.IntN(last-first+1))) //nolint:gosec // it needs to be no secret
+		n := int64(os.Getpid())*tries + next.Add(1)
+		address = net.JoinHostPort("127.0.0.1", strconv.FormatInt(first+n%(last-first+1), 10))
 		mark, taken := net.ListenPacket("udp4", address)
 		if taken != nil {
 			continue
