@@ -276,6 +276,23 @@ func TestRunbookHasEveryCode(t *testing.T) {
 	}
 }
 
+// The runbook has an entry for every alert, and names no other.
+func TestRunbookHasEveryAlert(t *testing.T) {
+	_, text, _ := strings.Cut(read(t, "OPERATIONS.md"), "## Runbook: by alert")
+	text, _, _ = strings.Cut(text, "\n## ")
+	names := func(pattern, text string) (list []string) {
+		for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatch(text, -1) {
+			list = append(list, m[1])
+		}
+		slices.Sort(list)
+		return list
+	}
+	alerts := names(`(?m)^ +- alert: (\w+)$`, read(t, "scripts/compose/alerts.yml"))
+	if entries := names("(?m)^\\| `(\\w+)` \\|", text); len(alerts) == 0 || !slices.Equal(alerts, entries) {
+		t.Errorf("the alerts are %v, and the runbook has %v", alerts, entries)
+	}
+}
+
 // documents are for people who come to the project.
 var documents = []string{"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "BENCHMARKS.md", "ERRORS.md", "OPERATIONS.md", "SECURITY.md"}
 

@@ -88,6 +88,16 @@ func RestoreCluster(t testing.TB, of *Cluster, databaseURL, store string, broker
 	return c
 }
 
+// RestoreRouted starts three nats-servers that have nothing for what was another cluster, on a
+// copy of its database.
+func RestoreRouted(t testing.TB, of *Cluster, databaseURL string) *Cluster {
+	t.Helper()
+	c := newCluster(t, databaseURL, 3)
+	c.token, c.Key = of.token, of.Key
+	c.startRouted()
+	return c
+}
+
 // StartRouted is StartCluster with three nats-servers in a cluster.
 func StartRouted(t testing.TB, brokerArgs ...string) *Cluster {
 	t.Helper()
@@ -101,12 +111,17 @@ func StartRouted(t testing.TB, brokerArgs ...string) *Cluster {
 func NewRouted(t testing.TB, databaseURL string) *Cluster {
 	t.Helper()
 	c := newCluster(t, databaseURL, 3)
+	c.startRouted()
+	return c
+}
+
+func (c *Cluster) startRouted() {
+	c.t.Helper()
 	for range c.addrs {
-		c.routed = append(c.routed, FreeAddr(t))
-		c.monitors = append(c.monitors, FreeAddr(t))
+		c.routed = append(c.routed, FreeAddr(c.t))
+		c.monitors = append(c.monitors, FreeAddr(c.t))
 	}
 	c.StartNATS()
-	return c
 }
 
 func newCluster(t testing.TB, databaseURL string, servers int) *Cluster {
