@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"io"
 	"net"
+	"sync"
 
 	"github.com/gofiber/fiber/v2"
 
@@ -114,6 +115,10 @@ func (w *watched) Read(p []byte) (int, error) {
 
 // append renders an event behind what hasn't been read yet.
 func (w *watched) append(ev dispatch.Event) {
+	if w.pooled == nil {
+		w.pooled = eventBuffers.Get().(*[]byte) // holds nothing else
+		w.out = *w.pooled
+	}
 	w.buf = w.out
 	for _, lines := range ev.Payload {
 		for len(lines) > 0 {
@@ -153,9 +158,20 @@ func (w *watched) appendLast() {
 
 var newline = []byte{'\n'}
 
+// eventBuffers are what events are rendered into. One that has grown beyond maxPooled isn't
+// kept.
+var eventBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+const maxPooled = 64 << 10
+
 // Close implements io.Closer: the server calls it when the stream has ended or the
 // client can't be written to any more.
 func (w *watched) Close() error {
 	w.end(w.err)
+	if w.pooled != nil && cap(w.buf) <= maxPooled {
+		*w.pooled = w.buf[:0]
+		eventBuffers.Put(w.pooled)
+	}
+	w.buf, w.out, w.pooled, w.over = nil, nil, nil, true
 	return nil
 }
