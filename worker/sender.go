@@ -40,6 +40,7 @@ type sender struct {
 	settled    bool          // the owner has the end of the run, or has ended it
 	kept       []kept
 	buf        []byte    // the frames that are kept, end to end
+	pooled     *[]byte   // where buf comes from; nil: there was no frame yet
 	unasked    int       // bytes of frames sent since the last request
 	spoke      time.Time // when the owner last answered
 	missing    time.Time // since when the bus says that there is no owner
@@ -211,6 +212,10 @@ func (s *sender) fail(err *schemas.Error) {
 // send numbers a frame, keeps it and publishes it. s.mu is held.
 func (s *sender) send(f *schemas.Frame) {
 	f.Run, f.Seq = s.id, s.last+1
+	if s.pooled == nil {
+		s.pooled = frameBuffers.Get().(*[]byte) // holds nothing else
+		s.buf = *s.pooled
+	}
 	start := len(s.buf)
 	buf, err := schemas.AppendFrame(s.buf, f)
 	if err != nil {
@@ -225,6 +230,20 @@ func (s *sender) send(f *schemas.Frame) {
 	s.kept = append(s.kept, kept{f.Seq, start, s.terminal})
 	s.unasked += len(buf) - start
 	s.publish(s.buf[start:], s.terminal)
+}
+
+// frameBuffers are what frames are kept in. One that has grown beyond maxPooled isn't kept.
+var frameBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+// discard drops what is kept, at the end of a run.
+func (s *sender) discard() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.pooled != nil && cap(s.buf) <= maxPooled {
+		*s.pooled = s.buf[:0]
+		frameBuffers.Put(s.pooled)
+	}
+	s.kept, s.buf, s.pooled = nil, nil, nil
 }
 
 // publish sends a frame, as a request if it has to be answered. What is lost on the
@@ -395,7 +414,7 @@ func (s *sender) unsettled() (schemas.Usage, bool) {
 	return s.usage, !s.settled
 }
 
-// pump reports on all runs, and at once when the bus is back.
+// pump reports on all runs, and at once when the bus is back, and begins what is late.
 func (w *Worker) pump(ctx context.Context) error {
 	tick := time.NewTicker(pumpEvery)
 	defer tick.Stop()
@@ -411,6 +430,8 @@ func (w *Worker) pump(ctx context.Context) error {
 		now, connected := time.Now(), w.tokens.IsConnected()
 		for _, r := range w.list() {
 			r.tick(now, connected, force)
+			r.count.look(now)
+			r.silence.look(now)
 		}
 	}
 }
