@@ -19,7 +19,7 @@ import (
 // deleteConsumer makes JetStream forget what it has delivered, as a restart does.
 func (h *house) deleteConsumer(model string) {
 	h.t.Helper()
-	subject := "$JS.API.CONSUMER.DELETE." + schemas.JobStream + "." + bus.ConsumerName(agent, model)
+	subject := "$JS.API.CONSUMER.DELETE." + schemas.JobStream(agent) + "." + bus.ConsumerName(agent, model)
 	m, err := h.core.Request(subject, nil, patience)
 	if err != nil {
 		h.t.Fatal(err)
@@ -35,7 +35,7 @@ func (h *house) deleteConsumer(model string) {
 // delivered counts the deliveries of the consumer, and those that wait for their
 // acknowledgement.
 func (h *house) delivered(model string) (all, pending int) {
-	m, err := h.core.Request("$JS.API.CONSUMER.INFO."+schemas.JobStream+"."+bus.ConsumerName(agent, model), nil, patience)
+	m, err := h.core.Request("$JS.API.CONSUMER.INFO."+schemas.JobStream(agent)+"."+bus.ConsumerName(agent, model), nil, patience)
 	if err != nil {
 		return 0, 0 // not made yet
 	}

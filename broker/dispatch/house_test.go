@@ -215,6 +215,6 @@ func (h *house) settled(agents ...schemas.AgentID) {
 func heartbeat(i schemas.Incarnation, s schemas.AgentState) *schemas.Heartbeat {
 	inventory := schemas.Inventory{Models: []schemas.Model{{ID: model, State: schemas.ModelReady, Backend: "demo", Slots: 4, Continues: true}}}
 	return &schemas.Heartbeat{
-		Version: schemas.ProtocolVersion, Incarnation: i, State: s, Hash: inventory.Hash(), Inventory: &inventory, Slots: 4,
+		Version: schemas.ProtocolVersion, Incarnation: i, State: s, Hash: inventory.Hash(), Inventory: &inventory, Slots: 4, Holds: true,
 	}
 }

@@ -33,11 +33,15 @@ func jobs(t *testing.T, c *stack.Cluster) uint64 {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stream, err := js.Stream(t.Context(), schemas.JobStream)
-	if err != nil {
-		t.Fatal(err)
+	var n uint64
+	for name := range schemas.JobStreams() {
+		stream, err := js.Stream(t.Context(), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n += stream.CachedInfo().State.Msgs
 	}
-	return stream.CachedInfo().State.Msgs
+	return n
 }
 
 // TestNATSRestart kills nats-server while jobs are queued and running. Each runs once,
