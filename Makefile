@@ -6,8 +6,11 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 LINTER_VERSION := v2.15.0
-VULN_VERSION := v1.1.4
+VULN_VERSION := v1.9.0
 LINTER := .bin/golangci-lint-$(LINTER_VERSION)
+
+# The database of `make vuln`, if it isn't that of the Go project: file:///path, say.
+VULN_DB ?=
 
 # How long `make fuzz` gives each target.
 FUZZTIME ?= 10s
@@ -109,8 +112,8 @@ failover: ## 200 workers killed in mid-stream, and a real model that dies in its
 	OWNLLM_FULL=1 $(TEST) -run "TestFailover|TestRealModelIsContinued" -timeout 30m -v ./internal/e2e
 
 .PHONY: vuln
-vuln: ## govulncheck, at the pinned version; it needs the network
-	go run golang.org/x/vuln/cmd/govulncheck@$(VULN_VERSION) ./...
+vuln: ## govulncheck, at the pinned version; it needs the network, or VULN_DB
+	go run golang.org/x/vuln/cmd/govulncheck@$(VULN_VERSION) $(if $(VULN_DB),-db $(VULN_DB)) -test ./...
 
 .PHONY: clean
 clean: ## remove what was built and installed here

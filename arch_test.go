@@ -74,7 +74,7 @@ func within(path string, of ...string) bool {
 }
 
 // helpers are packages for tests only.
-var helpers = []string{"internal/doctest", "internal/faultproxy", "internal/logtest", "internal/pgtest", "internal/natstest", "internal/quotatest", "internal/stack"}
+var helpers = []string{"internal/doctest", "internal/faultproxy", "internal/logtest", "internal/pgtest", "internal/natstest", "internal/quotatest", "internal/sentrytest", "internal/stack"}
 
 // Arrows point only downward: what each floor may import of the module. The first
 // entry that holds a package counts.
@@ -86,14 +86,14 @@ var floors = []struct {
 	{[]string{"broker"}, []string{"broker", "schemas"}},
 	{[]string{"edge"}, []string{"edge", "broker", "schemas", "internal/adminapi"}},
 	{[]string{"worker"}, []string{"worker", "broker", "schemas", "internal/secret"}},
-	{[]string{"internal/secret", "internal/postgres", "internal/telemetry"}, nil},
+	{[]string{"internal/port", "internal/secret", "internal/postgres", "internal/telemetry"}, nil},
 	{[]string{"internal/adminapi"}, []string{"internal/secret", "schemas"}},
 	{[]string{"internal/load"}, []string{"internal/load", "internal/secret", "schemas"}},
 	{[]string{"internal/command"}, []string{"edge", "worker", "broker", "schemas", "internal/adminapi", "internal/load", "internal/postgres", "internal/secret", "internal/telemetry"}},
 	{[]string{"."}, []string{"internal/command"}},
 	// It founds tenants by the thousand, and runs workers by the thousand in one process.
-	{[]string{"internal/bench"}, []string{"worker", "broker", "schemas", "internal/adminapi", "internal/load", "internal/secret"}},
-	{[]string{"internal/topology"}, []string{"internal/postgres"}},
+	{[]string{"internal/bench"}, []string{"worker", "broker", "schemas", "internal/adminapi", "internal/bench", "internal/load", "internal/secret"}},
+	{[]string{"internal/topology"}, []string{"internal/port", "internal/postgres"}},
 	{helpers, []string{"worker", "broker", "schemas", "internal"}},
 }
 
@@ -115,15 +115,16 @@ func TestArrowsPointDown(t *testing.T) {
 	}
 }
 
-// One vendor, one place.
+// One vendor, one place. What is the least that such parts can cost is measured beside them.
 var vendors = []struct {
 	of    []string
 	where []string
 }{
-	{[]string{"github.com/jackc/pgx", "github.com/pressly/goose", "database/sql"}, []string{"broker/books", "internal/pgtest"}},
-	{[]string{"github.com/gofiber", "github.com/valyala/fasthttp"}, []string{"edge"}},
+	{[]string{"github.com/jackc/pgx", "github.com/pressly/goose", "database/sql"}, []string{"broker/books", "internal/pgtest", "internal/bench/floor"}},
+	{[]string{"github.com/gofiber", "github.com/valyala/fasthttp"}, []string{"edge", "internal/bench/floor"}},
 	{[]string{"github.com/nats-io/nats-server"}, []string{"broker/natsd"}},
 	{[]string{"go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters", "github.com/prometheus"}, []string{"internal/telemetry"}},
+	{[]string{"github.com/getsentry"}, []string{"internal/telemetry"}},
 	{[]string{"github.com/alecthomas/kong"}, []string{"internal/command"}},
 	{[]string{"github.com/HdrHistogram"}, []string{"internal/load"}},
 	{[]string{"testing", "go.uber.org/goleak", "github.com/google/go-cmp", "pgregory.net/rapid"}, helpers},
@@ -164,7 +165,7 @@ func TestOutOfReach(t *testing.T) {
 		{[]string{"worker"}, slices.Concat(database, http, server)},
 		{[]string{"broker/chat", "broker/presence", "broker/bus"}, slices.Concat(database, http, server)},
 		{[]string{"edge"}, server},
-		{[]string{"."}, []string{"go.uber.org/goleak", module + "/internal/doctest", module + "/internal/faultproxy", module + "/internal/logtest", module + "/internal/pgtest", module + "/internal/natstest", module + "/internal/quotatest", module + "/internal/stack"}},
+		{[]string{"."}, []string{"go.uber.org/goleak", module + "/internal/doctest", module + "/internal/faultproxy", module + "/internal/logtest", module + "/internal/pgtest", module + "/internal/natstest", module + "/internal/quotatest", module + "/internal/sentrytest", module + "/internal/stack"}},
 	}
 	for _, p := range list(t, "./...") {
 		for _, rule := range rules {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/url"
 	"slices"
 	"strconv"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -22,10 +24,10 @@ type QueueConfig struct {
 	// PerModel is how many jobs one (agent, model) may have, queued and running
 	// together.
 	PerModel int64
-	// MaxAge is how long a job may lie in the stream at the most; it has to be longer
+	// MaxAge is how long a job may lie in its stream at the most; it has to be longer
 	// than any job's deadline.
 	MaxAge time.Duration
-	// Replicas of the stream, 1 on a single server.
+	// Replicas of each stream, 1 on a single server.
 	Replicas int
 }
 
@@ -33,8 +35,8 @@ type QueueConfig struct {
 // again. Workers report progress three times as often.
 const AckWait = 15 * time.Second
 
-// Queue is the JetStream work queue of admitted jobs. It is transport: a job in it
-// is run only if the owner of its request grants the claim.
+// Queue is the work queue of admitted jobs, in schemas.JobShards streams of JetStream. It is
+// transport: a job in it is run only if the owner of its request grants the claim.
 type Queue struct {
 	nc *nats.Conn
 	js jetstream.JetStream
@@ -49,27 +51,42 @@ func NewQueue(nc *nats.Conn) (*Queue, error) {
 	return &Queue{nc, js}, nil
 }
 
-// Provision creates the stream of jobs, or updates it to the given bounds, and that of
+// provisionWait bounds Provision. In a cluster that has just started, streams wait for leaders.
+const provisionWait = 30 * time.Second
+
+// Provision creates the streams of jobs, or updates them to the given bounds, and that of
 // usage reports. It can be called again and again, by several brokers. A stream is never
-// taken back: ErrNewerStream, ErrMoreReplicas.
+// taken back: ErrNewerStream, ErrMoreReplicas. That of a build before there were shards
+// goes once it is empty: ErrOldStream.
 func (q *Queue) Provision(ctx context.Context, cfg QueueConfig) error {
-	err := q.provision(ctx, jetstream.StreamConfig{
-		Name:        schemas.JobStream,
-		Description: "OwnLLM: admitted jobs, one subject for each agent and model",
-		Subjects:    []string{schemas.JobSubjects},
-		Retention:   jetstream.WorkQueuePolicy,
-		Storage:     jetstream.FileStorage,
-		Replicas:    cfg.Replicas,
-		// A full (agent, model) refuses, and only itself.
-		Discard:              jetstream.DiscardNew,
-		DiscardNewPerSubject: true,
-		MaxMsgsPerSubject:    cfg.PerModel,
-		MaxAge:               cfg.MaxAge,
-		AllowMsgTTL:          true,
-		Duplicates:           min(2*time.Minute, cfg.MaxAge),
-		MaxConsumers:         -1,
-	})
-	if err != nil {
+	ctx, cancel := context.WithTimeout(ctx, provisionWait)
+	defer cancel()
+	if err := q.retire(ctx); err != nil {
+		return err
+	}
+	// At once: in a cluster each waits until it has a leader.
+	group, streamCtx := errgroup.WithContext(ctx)
+	for name, subjects := range schemas.JobStreams() {
+		group.Go(func() error {
+			return q.provision(streamCtx, jetstream.StreamConfig{
+				Name:        name,
+				Description: "OwnLLM: admitted jobs of a part of the agents, one subject for each agent and model",
+				Subjects:    []string{subjects},
+				Retention:   jetstream.WorkQueuePolicy,
+				Storage:     jetstream.FileStorage,
+				Replicas:    cfg.Replicas,
+				// A full (agent, model) refuses, and only itself.
+				Discard:              jetstream.DiscardNew,
+				DiscardNewPerSubject: true,
+				MaxMsgsPerSubject:    cfg.PerModel,
+				MaxAge:               cfg.MaxAge,
+				AllowMsgTTL:          true,
+				Duplicates:           min(2*time.Minute, cfg.MaxAge),
+				MaxConsumers:         -1,
+			})
+		})
+	}
+	if err := group.Wait(); err != nil {
 		return err
 	}
 	return q.provisionUsage(ctx, cfg.Replicas)
@@ -102,7 +119,7 @@ const (
 )
 
 // Publish puts a job into the queue of its (agent, model) and returns its sequence
-// number. A queue that isn't there is waited for: for as long as ReturnWait while the
+// number in the stream of the agent. A queue that isn't there is waited for: for as long as ReturnWait while the
 // connection is lost or a single server comes up, and for as long as a cluster takes to
 // choose a leader. It returns ErrQueueFull, or an error for which Down is true if nobody
 // knows whether the job was stored.
@@ -191,12 +208,12 @@ func full(err error) bool {
 		strings.Contains(api.Description, "maximum messages per subject")
 }
 
-// Delete removes a job that nobody shall run any more. That it is gone already is no
-// error. It speaks to the API directly: the client library would ask for the state of
+// Delete removes a job of an agent that nobody shall run any more. That it is gone already
+// is no error. It speaks to the API directly: the client library would ask for the state of
 // the stream first, and hides the code of a refusal.
-func (q *Queue) Delete(ctx context.Context, seq uint64) error {
+func (q *Queue) Delete(ctx context.Context, agent schemas.AgentID, seq uint64) error {
 	request := []byte(`{"no_erase":true,"seq":` + strconv.FormatUint(seq, 10) + `}`)
-	m, err := q.nc.RequestWithContext(ctx, "$JS.API.STREAM.MSG.DELETE."+schemas.JobStream, request)
+	m, err := q.nc.RequestWithContext(ctx, "$JS.API.STREAM.MSG.DELETE."+schemas.JobStream(agent), request)
 	if err != nil {
 		return fmt.Errorf("delete job %d: %w", seq, err)
 	}
@@ -241,7 +258,7 @@ const maxDeliver = 5
 // agent makes it again.
 func (q *Queue) EnsureConsumer(ctx context.Context, tenant schemas.TenantID, agent schemas.AgentID, model string) (string, error) {
 	name := ConsumerName(agent, model)
-	_, err := q.js.CreateOrUpdateConsumer(ctx, schemas.JobStream, jetstream.ConsumerConfig{
+	_, err := q.js.CreateOrUpdateConsumer(ctx, schemas.JobStream(agent), jetstream.ConsumerConfig{
 		Durable:       name,
 		FilterSubject: schemas.JobSubject(tenant, agent, model),
 		AckPolicy:     jetstream.AckExplicitPolicy,
@@ -258,17 +275,29 @@ func (q *Queue) EnsureConsumer(ctx context.Context, tenant schemas.TenantID, age
 	return name, nil
 }
 
-// Depths counts the jobs of a tenant, queued and running together, by their subject.
-func (q *Queue) Depths(ctx context.Context, tenant schemas.TenantID) (map[string]uint64, error) {
-	stream, err := q.js.Stream(ctx, schemas.JobStream)
-	if err != nil {
-		return nil, fmt.Errorf("depths of queues: %w", err)
+// Depths counts the jobs of a tenant, queued and running together, by their subject. If any
+// agents are named, only the streams of these are asked.
+func (q *Queue) Depths(ctx context.Context, tenant schemas.TenantID, agents ...schemas.AgentID) (map[string]uint64, error) {
+	named := make(map[string]bool, schemas.JobShards)
+	for _, agent := range agents {
+		named[schemas.JobStream(agent)] = true
 	}
-	info, err := stream.Info(ctx, jetstream.WithSubjectFilter(schemas.JobTenantWildcard(tenant)))
-	if err != nil {
-		return nil, fmt.Errorf("depths of queues: %w", err)
+	all := make(map[string]uint64)
+	for name := range schemas.JobStreams() {
+		if len(named) > 0 && !named[name] {
+			continue
+		}
+		stream, err := q.js.Stream(ctx, name)
+		if err != nil {
+			return nil, fmt.Errorf("depths of queues: %w", err)
+		}
+		info, err := stream.Info(ctx, jetstream.WithSubjectFilter(schemas.JobTenantWildcard(tenant)))
+		if err != nil {
+			return nil, fmt.Errorf("depths of queues: %w", err)
+		}
+		maps.Copy(all, info.State.Subjects)
 	}
-	return info.State.Subjects, nil
+	return all, nil
 }
 
 func redact(rawURL string) string {

@@ -53,6 +53,7 @@ type agent struct {
 	running     int
 	waiting     int
 	slots       int
+	holds       bool           // it heeds Job.Hold
 	assigned    map[string]int // attempts that this process has under way, by model
 	underWay    int            // their sum
 }
@@ -151,7 +152,7 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 	a.incarnation, a.lastSeen, a.bye = hb.Incarnation, now, hb.State == schemas.AgentBye
 	a.aside = time.Time{}
 	a.protocol = hb.Version
-	a.running, a.waiting, a.slots = hb.Running, hb.Waiting, hb.Slots
+	a.running, a.waiting, a.slots, a.holds = hb.Running, hb.Waiting, hb.Slots, hb.Holds
 	switch hb.State {
 	case schemas.AgentBye:
 		if before != "" {

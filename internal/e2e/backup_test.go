@@ -51,7 +51,7 @@ func TestBackupAndRestore(t *testing.T) {
 		wantWhole(t, client.chat(t.Context(), true, priced(t, 10, nil)))
 	}
 	before := openLedger(t, old.DatabaseURL)
-	paid := before.wantClosed(key, 10*time.Second)
+	paid := before.wantClosed(key, 30*time.Second)
 	s := newSubmitter(t, old, books.NewKey{})
 	s.accept("done", says("done"))
 	s.done("done", "done")
@@ -83,13 +83,13 @@ func TestBackupAndRestore(t *testing.T) {
 	client = newClient(edge.BaseURL, secret)
 	defer client.close()
 	wantWhole(t, client.chat(t.Context(), true, priced(t, 10, nil)))
-	if got := after.wantClosed(key, 10*time.Second); len(got) != 4 {
+	if got := after.wantClosed(key, 30*time.Second); len(got) != 4 {
 		t.Errorf("the ledger has %d rows after one more request", len(got))
 	}
 	s.c = c
 	s.done("done", "done")
 	s.done("waits", "waited")
-	stack.Until(t, 20*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	stack.Until(t, 30*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
 }
 
 // natsTool runs the nats command as the user that has JetStream. It is skipped in a short run,
@@ -144,7 +144,11 @@ func TestBackupAndRestoreOfACluster(t *testing.T) {
 	s.accept("waits", says("waited"))
 
 	folder := t.TempDir()
-	for _, stream := range []string{schemas.JobStream, schemas.UsageStream} {
+	streams := []string{schemas.UsageStream}
+	for stream := range schemas.JobStreams() {
+		streams = append(streams, stream)
+	}
+	for _, stream := range streams {
 		natsTool(t, old, "backup", "stream", stream, filepath.Join(folder, stream), "--no-progress")
 	}
 	dump := filepath.Join(folder, "ownllm.dump")
@@ -157,7 +161,7 @@ func TestBackupAndRestoreOfACluster(t *testing.T) {
 	fresh := pgtest.Empty(t)
 	pgTool(t, "pg_restore", "--no-owner", "--exit-on-error", "--dbname", fresh, dump)
 	c := stack.RestoreRouted(t, old, fresh)
-	for _, stream := range []string{schemas.JobStream, schemas.UsageStream} {
+	for _, stream := range streams {
 		natsTool(t, c, "backup", "restore", "stream", filepath.Join(folder, stream), "--no-progress")
 	}
 	if n := jobs(t, c); n < running+waiting {

@@ -9,7 +9,6 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -24,6 +23,7 @@ import (
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/internal/adminapi"
+	"github.com/ownllm/ownllm/internal/port"
 )
 
 // startWait bounds how long a process may take to be ready, and stopWait how long to
@@ -283,15 +283,16 @@ func lift(t testing.TB, store *books.Store, secret apikey.Key) (books.Tenant, bo
 	return tenant, user, key
 }
 
-// FreeAddr is an address on which nobody listened a moment ago.
+// FreeAddr is an address on which nobody listens, and which nobody else is given before the
+// end of the test.
 func FreeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	address, release, err := port.Reserve()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Cleanup(release)
+	return address
 }
 
 // Answers reports whether a GET of the address gives the status 200.
