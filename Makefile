@@ -16,6 +16,8 @@ VULN_DB ?=
 FUZZTIME ?= 10s
 # How long `make chaos` makes faults.
 CHAOS ?= 5m
+# How long `make soak` sends requests.
+SOAK ?= 10m
 # How many packages `make test` tests at once. Most of them start servers, and some look at
 # the clock.
 PARALLEL ?= 1
@@ -91,6 +93,14 @@ bench: ## what the broker costs: requests against direct ones, admissions agains
 .PHONY: chaos
 chaos: ## three nats-servers, Postgres and all roles fail, one after the other, under mixed load, for CHAOS (5m)
 	$(TEST) -race -v -timeout 6h ./internal/e2e -run '^TestChaos$$' -chaos $(CHAOS)
+
+.PHONY: upgrade
+upgrade: ## everything replaced by the next release, one process after the other, under load; the queue's leader killed
+	OWNLLM_FULL=1 $(TEST) -race -v -timeout 30m ./internal/e2e -run '^(TestRollingUpgrade|TestQueueLosesItsLeader)$$'
+
+.PHONY: soak
+soak: ## as many requests as the machine takes, for SOAK (10m): does anything grow with them?
+	$(TEST) -v -timeout 6h ./internal/e2e -run '^TestSoak$$' -soak $(SOAK)
 
 .PHONY: limits
 limits: ## limits under load, edges killed and frozen, the database gone: as often as it takes to believe it

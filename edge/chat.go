@@ -90,6 +90,7 @@ type watched struct {
 	over     bool            // and was rendered
 	err      *schemas.Error  // that ended the stream
 	buf, out []byte          // rendered events; out is what hasn't been read of buf
+	pooled   *[]byte         // where buf comes from; nil: nothing was rendered yet
 }
 
 // end ends the request and records how it went. Of a request that wasn't answered

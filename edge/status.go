@@ -3,6 +3,7 @@ package edge
 import (
 	"cmp"
 	"context"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -91,22 +92,19 @@ func (e *Edge) queued(ctx context.Context, agents []presence.AgentStatus) map[st
 	ctx, cancel := context.WithTimeout(ctx, depthWait)
 	defer cancel()
 	all := make(map[string]uint64)
-	asked := make(map[schemas.TenantID]bool)
+	of := make(map[schemas.TenantID][]schemas.AgentID)
 	for _, a := range agents {
-		if asked[a.Tenant] {
-			continue
-		}
-		asked[a.Tenant] = true
-		depths, err := e.Queue.Depths(ctx, a.Tenant)
+		of[a.Tenant] = append(of[a.Tenant], a.Agent)
+	}
+	for tenant, ids := range of {
+		depths, err := e.Queue.Depths(ctx, tenant, ids...)
 		if err != nil {
 			if !bus.Down(err) {
-				e.Log.WarnContext(ctx, "queue depths unknown", "tenant", a.Tenant, "error", err)
+				e.Log.WarnContext(ctx, "queue depths unknown", "tenant", tenant, "error", err)
 			}
 			return all
 		}
-		for subject, n := range depths {
-			all[subject] = n
-		}
+		maps.Copy(all, depths)
 	}
 	return all
 }

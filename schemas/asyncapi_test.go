@@ -13,7 +13,7 @@ import (
 // asyncSubjects are the subjects that the functions of subject.go make, each token named for
 // what it stands for.
 var asyncSubjects = map[string][]string{
-	"JobSubject":        {JobSubject("tenant", "agent", "model")},
+	"JobSubject":        {strings.Replace(JobSubject("tenant", "agent", "model"), JobShard("agent"), "shard", 1)},
 	"OutSubject":        {OutSubject("agent", "owner", "nonce")},
 	"BodySubject":       {BodySubject("agent", "owner", "nonce")},
 	"ControlSubject":    {ControlSubject("agent")},

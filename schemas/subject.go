@@ -10,9 +10,9 @@ const Prefix = "ownllm.v1."
 
 // The streams of JetStream.
 const (
-	// JobStream is the work queue of admitted jobs.
-	JobStream = "OWNLLM_JOBS"
-	// JobSubjects is what JobStream captures.
+	// JobStreamPrefix begins the names of the work queues of admitted jobs, see JobStream.
+	JobStreamPrefix = "OWNLLM_JOBS_"
+	// JobSubjects is what all of them capture.
 	JobSubjects = Prefix + "job.>"
 	// UsageStream holds what workers report of requests whose owner is gone.
 	UsageStream = "OWNLLM_USAGE"
@@ -20,16 +20,16 @@ const (
 	UsageSubjects = Prefix + "usage.>"
 )
 
-// JobSubject is ownllm.v1.job.<tenant>.<agent>.<model>: the owner of a request
-// publishes, JobStream stores, the worker of that agent pulls. One exact subject
-// is one bounded queue.
+// JobSubject is ownllm.v1.job.<shard>.<tenant>.<agent>.<model>: the owner of a request
+// publishes, JobStream(a) stores, the worker of that agent pulls. One exact subject
+// is one bounded queue. The shard is JobShard(a).
 func JobSubject(t TenantID, a AgentID, model string) string {
-	return Prefix + "job." + EncodeToken(string(t)) + "." + EncodeToken(string(a)) + "." + EncodeToken(model)
+	return Prefix + "job." + JobShard(a) + "." + EncodeToken(string(t)) + "." + EncodeToken(string(a)) + "." + EncodeToken(model)
 }
 
-// JobTenantWildcard is ownllm.v1.job.<tenant>.>: all queues of one tenant.
+// JobTenantWildcard is ownllm.v1.job.*.<tenant>.>: all queues of one tenant.
 func JobTenantWildcard(t TenantID) string {
-	return Prefix + "job." + EncodeToken(string(t)) + ".>"
+	return Prefix + "job.*." + EncodeToken(string(t)) + ".>"
 }
 
 // OutSubject is ownllm.v1.out.<agent>.<owner>.<nonce>: the frames of one attempt,

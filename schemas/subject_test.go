@@ -21,10 +21,10 @@ func TestSubjects(t *testing.T) {
 		nonce  = Nonce("Nn-_4")
 	)
 	for got, want := range map[string]string{
-		JobSubject(tenant, agent, "m"):                "ownllm.v1.job.ten_1.agt_2.m",
-		JobSubject(tenant, agent, "qwen/qwen2.5:32b"): "ownllm.v1.job.ten_1.agt_2.qwen=2Fqwen2=2E5=3A32b",
-		JobSubject("", "", ""):                        "ownllm.v1.job.=.=.=",
-		JobTenantWildcard(tenant):                     "ownllm.v1.job.ten_1.>",
+		JobSubject(tenant, agent, "m"):                "ownllm.v1.job.06.ten_1.agt_2.m",
+		JobSubject(tenant, agent, "qwen/qwen2.5:32b"): "ownllm.v1.job.06.ten_1.agt_2.qwen=2Fqwen2=2E5=3A32b",
+		JobSubject("", "", ""):                        "ownllm.v1.job.05.=.=.=",
+		JobTenantWildcard(tenant):                     "ownllm.v1.job.*.ten_1.>",
 		OutSubject(agent, owner, nonce):               "ownllm.v1.out.agt_2.own_3.Nn-_4",
 		OutWildcard(owner):                            "ownllm.v1.out.*.own_3.*",
 		BodySubject(agent, owner, nonce):              "ownllm.v1.body.agt_2.own_3.Nn-_4",
@@ -57,7 +57,7 @@ func TestSubjectsOfHostileNames(t *testing.T) {
 				tokens  int
 				within  string // a wildcard that must hold the subject
 			}{
-				{JobSubject(tenant, agent, x), 6, JobTenantWildcard(tenant)},
+				{JobSubject(tenant, agent, x), 7, JobTenantWildcard(tenant)},
 				{OutSubject(agent, owner, nonce), 6, OutWildcard(owner)},
 				{BodySubject(agent, owner, nonce), 6, BodyWildcard(owner)},
 				{ControlSubject(agent), 4, ""},

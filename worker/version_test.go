@@ -46,12 +46,12 @@ func TestBrokersOfOtherVersions(t *testing.T) {
 		says    string
 	}{
 		"answers in the next version": {
-			schemas.Welcome{Version: next, Stream: schemas.JobStream, Consumers: map[string]string{"demo": "c"}},
+			schemas.Welcome{Version: next, Stream: schemas.JobStream(agent), Consumers: map[string]string{"demo": "c"}},
 			fmt.Sprintf("The brokers speak version %d of the bus protocol", next),
 		},
 		"refuses": {schemas.Welcome{Error: schemas.Errorf(schemas.CodeInvalidValue, "%s", refusal)}, "Upgrade this machine's worker"},
 		"says no version": {
-			schemas.Welcome{Stream: schemas.JobStream, Consumers: map[string]string{"demo": "c"}}, "serving model",
+			schemas.Welcome{Stream: schemas.JobStream(agent), Consumers: map[string]string{"demo": "c"}}, "serving model",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -171,13 +171,14 @@ func (a Agent) grant() Grant {
 			schemas.AgentInboxPrefix(a.ID) + ".>",
 		},
 	}
+	stream := schemas.JobStream(a.ID)
 	for _, model := range a.Models {
-		consumer := bus.ConsumerName(a.ID, model)
+		consumer := stream + "." + bus.ConsumerName(a.ID, model)
 		g.Publish = append(g.Publish,
-			nextPrefix+schemas.JobStream+"."+consumer,
-			ackPrefix+schemas.JobStream+"."+consumer+".>",
+			nextPrefix+consumer,
+			ackPrefix+consumer+".>",
 			// The other format of acknowledgements: domain and account come first.
-			ackPrefix+"*.*."+schemas.JobStream+"."+consumer+".>",
+			ackPrefix+"*.*."+consumer+".>",
 		)
 	}
 	return g
@@ -190,11 +191,12 @@ const (
 )
 
 // imports are the subjects of Core that can be published to in Agents.
-var imports = []string{
-	nextPrefix + schemas.JobStream + ".*",
-	ackPrefix + schemas.JobStream + ".>",
-	ackPrefix + "*.*." + schemas.JobStream + ".>",
-	schemas.UsageSubjects,
+func imports() []string {
+	list := []string{schemas.UsageSubjects}
+	for stream := range schemas.JobStreams() {
+		list = append(list, nextPrefix+stream+".*", ackPrefix+stream+".>", ackPrefix+"*.*."+stream+".>")
+	}
+	return list
 }
 
 // Directory knows who holds a credential.

@@ -21,11 +21,11 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(stack.Tests{M: m}) }
 
 const (
-	patience = 10 * time.Second
+	patience = 30 * time.Second
 	tenant   = schemas.TenantID("ten_1")
 	other    = schemas.TenantID("ten_2")
 	mallory  = schemas.AgentID("agt_mallory")
-	victim   = schemas.AgentID("agt_victim")
+	victim   = schemas.AgentID("agt_dave") // whose jobs are in the same stream as mallory's
 	model    = "qwen/qwen2.5:32b"
 )
 
@@ -47,6 +47,9 @@ type bench struct {
 // newBench connects mallory and the victim to a server, whatever kind it is.
 func newBench(t *testing.T, server site) *bench {
 	t.Helper()
+	if schemas.JobStream(mallory) != schemas.JobStream(victim) {
+		t.Fatal("mallory and its victim should share a stream")
+	}
 	b := &bench{t: t}
 	b.core, b.queue = server.Queue(10)
 	for agent, of := range map[schemas.AgentID]schemas.TenantID{mallory: tenant, victim: other} {
@@ -106,7 +109,7 @@ func (b *bench) job(of schemas.TenantID, agent schemas.AgentID) uint64 {
 func (b *bench) stored() map[string]uint64 {
 	b.t.Helper()
 	all := make(map[string]uint64)
-	for _, stream := range []string{schemas.JobStream, schemas.UsageStream} {
+	for _, stream := range []string{schemas.JobStream(victim), schemas.UsageStream} {
 		m, err := b.core.Request("$JS.API.STREAM.INFO."+stream, []byte(`{"subjects_filter":">"}`), patience)
 		b.must(err)
 		var info struct {
@@ -125,7 +128,7 @@ func (b *bench) stored() map[string]uint64 {
 // open counts the deliveries of the victim that aren't acknowledged.
 func (b *bench) open(agent schemas.AgentID) int {
 	b.t.Helper()
-	m, err := b.core.Request("$JS.API.CONSUMER.INFO."+schemas.JobStream+"."+bus.ConsumerName(agent, model), nil, patience)
+	m, err := b.core.Request("$JS.API.CONSUMER.INFO."+schemas.JobStream(agent)+"."+bus.ConsumerName(agent, model), nil, patience)
 	b.must(err)
 	var info struct {
 		Acks int `json:"num_ack_pending"`
@@ -160,7 +163,7 @@ func (b *bench) heard() (list []*nats.Msg) {
 }
 
 func next(agent schemas.AgentID) string {
-	return "$JS.API.CONSUMER.MSG.NEXT." + schemas.JobStream + "." + bus.ConsumerName(agent, model)
+	return "$JS.API.CONSUMER.MSG.NEXT." + schemas.JobStream(agent) + "." + bus.ConsumerName(agent, model)
 }
 
 // pull takes a job of its own queue, as any worker does.
@@ -227,24 +230,24 @@ func fencedIn(t *testing.T, server site) {
 	ours := bus.ConsumerName(mallory, model)
 	for _, subject := range []string{
 		next(victim),
-		"$JS.ACK." + schemas.JobStream + "." + theirs + ".1.1.1.1.0",
-		"$JS.ACK._.x." + schemas.JobStream + "." + theirs + ".1.1.1.1.0",
+		"$JS.ACK." + schemas.JobStream(victim) + "." + theirs + ".1.1.1.1.0",
+		"$JS.ACK._.x." + schemas.JobStream(victim) + "." + theirs + ".1.1.1.1.0",
 		"$JS.API.INFO",
 		"$JS.API.STREAM.NAMES",
-		"$JS.API.STREAM.INFO." + schemas.JobStream,
-		"$JS.API.STREAM.PURGE." + schemas.JobStream,
-		"$JS.API.STREAM.DELETE." + schemas.JobStream,
-		"$JS.API.STREAM.MSG.GET." + schemas.JobStream,
-		"$JS.API.STREAM.MSG.DELETE." + schemas.JobStream,
+		"$JS.API.STREAM.INFO." + schemas.JobStream(victim),
+		"$JS.API.STREAM.PURGE." + schemas.JobStream(victim),
+		"$JS.API.STREAM.DELETE." + schemas.JobStream(victim),
+		"$JS.API.STREAM.MSG.GET." + schemas.JobStream(victim),
+		"$JS.API.STREAM.MSG.DELETE." + schemas.JobStream(victim),
 		"$JS.API.STREAM.CREATE.MINE",
-		"$JS.API.DIRECT.GET." + schemas.JobStream,
-		"$JS.API.CONSUMER.CREATE." + schemas.JobStream,
-		"$JS.API.CONSUMER.CREATE." + schemas.JobStream + "." + ours,
-		"$JS.API.CONSUMER.CREATE." + schemas.JobStream + "." + ours + "." + schemas.JobSubject(other, victim, model),
-		"$JS.API.CONSUMER.DURABLE.CREATE." + schemas.JobStream + "." + ours,
-		"$JS.API.CONSUMER.DELETE." + schemas.JobStream + "." + ours,
-		"$JS.API.CONSUMER.INFO." + schemas.JobStream + "." + theirs,
-		"$JS.API.CONSUMER.INFO." + schemas.JobStream + "." + ours,
+		"$JS.API.DIRECT.GET." + schemas.JobStream(victim),
+		"$JS.API.CONSUMER.CREATE." + schemas.JobStream(victim),
+		"$JS.API.CONSUMER.CREATE." + schemas.JobStream(mallory) + "." + ours,
+		"$JS.API.CONSUMER.CREATE." + schemas.JobStream(mallory) + "." + ours + "." + schemas.JobSubject(other, victim, model),
+		"$JS.API.CONSUMER.DURABLE.CREATE." + schemas.JobStream(mallory) + "." + ours,
+		"$JS.API.CONSUMER.DELETE." + schemas.JobStream(mallory) + "." + ours,
+		"$JS.API.CONSUMER.INFO." + schemas.JobStream(victim) + "." + theirs,
+		"$JS.API.CONSUMER.INFO." + schemas.JobStream(mallory) + "." + ours,
 		"$JS.API.CONSUMER.MSG.NEXT." + schemas.UsageStream + ".settle",
 		"$JS.ACK." + schemas.UsageStream + ".settle.1.1.1.1.0",
 		schemas.JobSubject(other, victim, model),
@@ -331,7 +334,7 @@ func forgedReplies(t *testing.T, server site) {
 	}
 	for _, reply := range []string{
 		theirs.Reply, // an empty answer would acknowledge the victim's job
-		"$JS.ACK." + schemas.JobStream + "." + bus.ConsumerName(victim, model) + ".1.1.1.1.0",
+		"$JS.ACK." + schemas.JobStream(victim) + "." + bus.ConsumerName(victim, model) + ".1.1.1.1.0",
 		next(victim),
 		next(mallory),
 		schemas.UsageSubject(other, victim),
@@ -343,9 +346,9 @@ func forgedReplies(t *testing.T, server site) {
 		schemas.OutSubject(victim, "own_1", "nonce"),
 		schemas.ControlSubject(victim),
 		schemas.AgentInboxPrefix(victim) + ".x",
-		"$JS.API.STREAM.PURGE." + schemas.JobStream,
-		"$JS.API.STREAM.DELETE." + schemas.JobStream,
-		"$JS.API.CONSUMER.DELETE." + schemas.JobStream + "." + bus.ConsumerName(victim, model),
+		"$JS.API.STREAM.PURGE." + schemas.JobStream(victim),
+		"$JS.API.STREAM.DELETE." + schemas.JobStream(victim),
+		"$JS.API.CONSUMER.DELETE." + schemas.JobStream(victim) + "." + bus.ConsumerName(victim, model),
 		"$SYS.REQ.SERVER.PING",
 	} {
 		name := strings.ReplaceAll(reply, ".", "-")
@@ -415,7 +418,7 @@ func forgedReplies(t *testing.T, server site) {
 func (b *bench) clear() {
 	b.t.Helper()
 	defer func() {
-		consumer := schemas.JobStream + "." + bus.ConsumerName(mallory, model)
+		consumer := schemas.JobStream(mallory) + "." + bus.ConsumerName(mallory, model)
 		if _, err := b.core.Request("$JS.API.CONSUMER.DELETE."+consumer, nil, patience); err != nil {
 			b.t.Fatal(err)
 		}
@@ -424,7 +427,7 @@ func (b *bench) clear() {
 		}
 	}()
 	body := fmt.Sprintf(`{"filter":%q}`, schemas.JobSubject(tenant, mallory, model))
-	if _, err := b.core.Request("$JS.API.STREAM.PURGE."+schemas.JobStream, []byte(body), patience); err != nil {
+	if _, err := b.core.Request("$JS.API.STREAM.PURGE."+schemas.JobStream(mallory), []byte(body), patience); err != nil {
 		b.t.Fatal(err)
 	}
 }

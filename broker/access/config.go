@@ -28,7 +28,7 @@ func Accounts(token string) string {
     users: [{user: %q, password: %s}]
     imports: [
 `, AccountAgents, bus.UserAgents, strconv.Quote(token))
-	for _, subject := range imports {
+	for _, subject := range imports() {
 		fmt.Fprintf(&b, "      {service: {account: %s, subject: %q}}\n", AccountCore, subject)
 	}
 	fmt.Fprintf(&b, `    ]

@@ -82,7 +82,7 @@ func forgedHellos(t *testing.T, server site) {
 		schemas.UsageSubject(other, victim), schemas.UsageSubject(tenant, mallory),
 		schemas.AsideSubject(other, victim),
 		schemas.AgentInboxPrefix(victim) + ".x.1", schemas.AgentInboxPrefix(mallory), schemas.AgentInboxPrefix(mallory) + "x.1",
-		next(victim), "$JS.API.STREAM.PURGE." + schemas.JobStream,
+		next(victim), "$JS.API.STREAM.PURGE." + schemas.JobStream(victim),
 		"_INBOX.anybody", "anything",
 	}
 	for _, reply := range forged {
@@ -93,7 +93,7 @@ func forgedHellos(t *testing.T, server site) {
 	}
 	b.settled()
 	// This one the server itself refuses.
-	b.must(b.mallory.PublishRequest(subject, "$JS.ACK."+schemas.JobStream+"."+bus.ConsumerName(victim, model)+".1.1.1.1.0", hello))
+	b.must(b.mallory.PublishRequest(subject, "$JS.ACK."+schemas.JobStream(victim)+"."+bus.ConsumerName(victim, model)+".1.1.1.1.0", hello))
 	b.settled()
 	b.expectRefusal("a hello with an acknowledgement as its reply subject")
 	stack.Until(t, patience, "the broker to have dropped them all", func() bool {

@@ -231,7 +231,7 @@ func (t *Turnstile) excess(user string, c *crowd) (list []tooMany) {
 
 // kick closes connections.
 func (t *Turnstile) kick(ctx context.Context, nc *nats.Conn, list []tooMany) {
-	s := sweep{nc: nc, reply: nc.NewInbox()} // nobody listens to what the server says to it
+	s := sweep{nc: nc, inbox: nc.NewInbox()} // nobody listens to what the server says to it
 	for _, c := range list {
 		key, _, _ := ParsePublisherUser(c.user)
 		t.log.InfoContext(ctx, "key has too many connections, the newest is closed", "key", key)

@@ -21,7 +21,32 @@ var (
 	ErrNewerStream = errors.New("a later release of ownllm has configured it; install that one here, too")
 	// ErrMoreReplicas says that a stream has more copies than is asked for.
 	ErrMoreReplicas = errors.New("it has more copies than --queue-replicas asks for; give all brokers the same, or lower it by hand with `nats stream edit`")
+	// ErrOldStream says that jobs wait in the stream of a build before there were shards.
+	ErrOldStream = errors.New("an earlier build of ownllm has put jobs into it; stop that one and wait until they have ended, or delete the stream with `nats stream rm`")
 )
+
+// singleStream held the jobs of all agents before there were shards. It captures the same
+// subjects, which the server allows only once.
+const singleStream = "OWNLLM_JOBS"
+
+// retire deletes singleStream, if it is there and nothing is in it.
+func (q *Queue) retire(ctx context.Context) error {
+	stream, err := q.js.Stream(ctx, singleStream)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return nil
+	}
+	if err == nil {
+		if n := stream.CachedInfo().State.Msgs; n > 0 {
+			err = fmt.Errorf("%d jobs: %w", n, ErrOldStream)
+		} else if err = q.js.DeleteStream(ctx, singleStream); errors.Is(err, jetstream.ErrStreamNotFound) {
+			err = nil // another broker was faster
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("retire stream %s: %w", singleStream, err)
+	}
+	return nil
+}
 
 // provision creates or updates a stream, unless that would take it back.
 func (q *Queue) provision(ctx context.Context, cfg jetstream.StreamConfig) error {

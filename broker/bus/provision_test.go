@@ -49,7 +49,7 @@ func TestProvisionTakesNothingBack(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, name := range []string{schemas.JobStream, schemas.UsageStream} {
+	for _, name := range []string{schemas.JobStream(agentA), schemas.UsageStream} {
 		if got := version(name); got != "1" {
 			t.Errorf("%s is of version %q", name, got)
 		}
@@ -68,5 +68,46 @@ func TestProvisionTakesNothingBack(t *testing.T) {
 			}
 		}
 		alter(name, "1")
+	}
+}
+
+// The one stream of a build before there were shards goes once it is empty, and not before.
+func TestOldStreamIsRetired(t *testing.T) {
+	server := natstest.Start(t)
+	nc := server.Core("old")
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, err := js.CreateStream(t.Context(), jetstream.StreamConfig{
+		Name: "OWNLLM_JOBS", Subjects: []string{schemas.JobSubjects}, Retention: jetstream.WorkQueuePolicy,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := js.Publish(t.Context(), schemas.Prefix+"job.ten_1.agt_1.m", []byte("a job")); err != nil {
+		t.Fatal(err)
+	}
+	q, err := bus.NewQueue(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := bus.QueueConfig{PerModel: 7, MaxAge: time.Hour, Replicas: 1}
+	if err := q.Provision(t.Context(), cfg); !errors.Is(err, bus.ErrOldStream) {
+		t.Fatalf("with a job in the old stream: %v", err)
+	}
+	if info, err := old.Info(t.Context()); err != nil || info.State.Msgs != 1 {
+		t.Fatalf("the old stream is %+v, %v", info, err)
+	}
+	if err := old.Purge(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := q.Provision(t.Context(), cfg); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := js.Stream(t.Context(), "OWNLLM_JOBS"); !errors.Is(err, jetstream.ErrStreamNotFound) {
+		t.Errorf("the old stream is still there: %v", err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/nats-io/nats.go"
 	"go.uber.org/goleak"
 
@@ -22,8 +23,12 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 const (
 	tenant = schemas.TenantID("ten_1")
 	agentA = schemas.AgentID("agt_a")
-	agentB = schemas.AgentID("agt_b")
+	agentB = schemas.AgentID("agt_q") // in the same stream as agentA
+	agentC = schemas.AgentID("agt_b") // in another one
 	model  = "qwen/qwen2.5:32b"
+
+	// patience is how long a test waits for what has to come.
+	patience = 30 * time.Second
 )
 
 func job(request string, attempt int) *schemas.Job {
@@ -47,10 +52,10 @@ func pull(t *testing.T, nc *nats.Conn, consumer string, wait time.Duration) *nat
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+schemas.JobStream+"."+consumer, inbox, request); err != nil {
+	if err := nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+schemas.JobStream(agentA)+"."+consumer, inbox, request); err != nil {
 		t.Fatal(err)
 	}
-	m, err := sub.NextMsg(wait + time.Second)
+	m, err := sub.NextMsg(wait + patience)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +74,7 @@ func TestQueueBoundIsPerAgentAndModelAndCountsWhatRuns(t *testing.T) {
 			t.Fatalf("job %d: %v", i, err)
 		}
 	}
-	running := pull(t, nc, name, time.Second)
+	running := pull(t, nc, name, patience)
 	if len(running.Data) == 0 {
 		t.Fatalf("nothing was delivered: %v", running.Header)
 	}
@@ -84,7 +89,7 @@ func TestQueueBoundIsPerAgentAndModelAndCountsWhatRuns(t *testing.T) {
 	if err := nc.Publish(running.Reply, []byte("+ACK")); err != nil {
 		t.Fatal(err)
 	}
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(patience)
 	for {
 		_, err := q.Publish(ctx, agentA, third, "{}", nats.Header{})
 		if err == nil {
@@ -116,6 +121,39 @@ func TestSecondAttemptIsNotADuplicate(t *testing.T) {
 	}
 }
 
+// The jobs of different agents may be in different streams. What is said of one is said of all.
+func TestDepthsOfAllStreams(t *testing.T) {
+	_, q := natstest.Start(t).Queue(10)
+	agents := []schemas.AgentID{agentA, agentB, agentC}
+	if one, two := schemas.JobStream(agentA), schemas.JobStream(agentC); one != schemas.JobStream(agentB) || one == two {
+		t.Fatalf("the agents are in the streams %s, %s and %s", one, schemas.JobStream(agentB), two)
+	}
+	for i, agent := range agents {
+		for n := range i + 1 {
+			if _, err := q.Publish(t.Context(), agent, job(fmt.Sprintf("req_%d_%d", i, n), 1), "{}", nats.Header{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	of := func(i int) string { return schemas.JobSubject(tenant, agents[i], model) }
+	all := map[string]uint64{of(0): 1, of(1): 2, of(2): 3}
+	for _, c := range []struct {
+		tenant schemas.TenantID
+		agents []schemas.AgentID
+		want   map[string]uint64
+	}{
+		{tenant, nil, all},
+		{tenant, agents, all},
+		{tenant, []schemas.AgentID{agentC}, map[string]uint64{of(2): 3}},
+		{"ten_other", nil, map[string]uint64{}},
+	} {
+		got, err := q.Depths(t.Context(), c.tenant, c.agents...)
+		if diff := cmp.Diff(c.want, got); diff != "" || err != nil {
+			t.Errorf("%s, %v: %v\n%s", c.tenant, c.agents, err, diff)
+		}
+	}
+}
+
 func TestDeletedJobIsNotDelivered(t *testing.T) {
 	nc, q := natstest.Start(t).Queue(10)
 	ctx := t.Context()
@@ -128,7 +166,7 @@ func TestDeletedJobIsNotDelivered(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 { // the second time it is gone already
-		if err := q.Delete(ctx, seq); err != nil {
+		if err := q.Delete(ctx, agentA, seq); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -144,7 +182,7 @@ func TestDeletedJobIsNotDelivered(t *testing.T) {
 		}
 	}
 	for range 2 {
-		if err := q.Delete(ctx, between); err != nil {
+		if err := q.Delete(ctx, agentB, between); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -172,7 +210,7 @@ func TestJobsOutliveARestart(t *testing.T) {
 			t.Errorf("publish without a server: got %v, want an error that says that the bus is down", err)
 		}
 	})
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(patience)
 	for {
 		ensure, cancel := context.WithTimeout(ctx, time.Second)
 		again, err := q.EnsureConsumer(ensure, tenant, agentA, model)
@@ -184,7 +222,7 @@ func TestJobsOutliveARestart(t *testing.T) {
 			t.Fatalf("consumer not made again: %v", err)
 		}
 	}
-	m := pull(t, nc, name, 5*time.Second)
+	m := pull(t, nc, name, patience)
 	got, body, err := schemas.DecodeJob(m.Data)
 	if err != nil {
 		t.Fatalf("%v (%v)", err, m.Header)
@@ -238,12 +276,12 @@ func TestManyJobsRunAtOnce(t *testing.T) {
 			t.Fatalf("job %d: %v", i, err)
 		}
 	}
-	request := fmt.Sprintf(`{"batch":%d,"expires":%d}`, jobs, 20*time.Second)
-	if err := nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+schemas.JobStream+"."+name, inbox, []byte(request)); err != nil {
+	request := fmt.Sprintf(`{"batch":%d,"expires":%d}`, jobs, patience)
+	if err := nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+schemas.JobStream(agentA)+"."+name, inbox, []byte(request)); err != nil {
 		t.Fatal(err)
 	}
 	for i := range jobs {
-		if m, err := sub.NextMsg(25 * time.Second); err != nil || len(m.Data) == 0 {
+		if m, err := sub.NextMsg(2 * patience); err != nil || len(m.Data) == 0 {
 			t.Fatalf("job %d wasn't delivered: %v, %v", i, m, err)
 		}
 	}

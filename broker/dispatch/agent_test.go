@@ -93,7 +93,7 @@ func (a *agent) request(wait time.Duration) *nats.Msg {
 	}
 	defer sub.Unsubscribe()
 	ask := fmt.Sprintf(`{"batch":1,"expires":%d,"no_wait":%t}`, wait.Nanoseconds(), wait == 0)
-	if err := a.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+schemas.JobStream+"."+a.consumer, sub.Subject, []byte(ask)); err != nil {
+	if err := a.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+schemas.JobStream(a.id)+"."+a.consumer, sub.Subject, []byte(ask)); err != nil {
 		a.h.t.Fatal(err)
 	}
 	m, err := sub.NextMsg(wait + patience)

@@ -29,7 +29,7 @@ func (h *house) slowStream() <-chan *nats.Msg {
 // acknowledge tells the publisher that its job is stored.
 func acknowledge(t testing.TB, m *nats.Msg, seq uint64) {
 	t.Helper()
-	if err := m.Respond(fmt.Appendf(nil, `{"stream":%q,"seq":%d}`, schemas.JobStream, seq)); err != nil {
+	if err := m.Respond(fmt.Appendf(nil, `{"stream":%q,"seq":%d}`, schemas.JobStreamPrefix+"00", seq)); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -35,7 +35,7 @@ const (
 	model  = "qwen/qwen2.5:32b"
 	key    = schemas.KeyID("key_1")
 
-	patience = 10 * time.Second
+	patience = 30 * time.Second
 )
 
 var secret, otherSecret = apikey.New(), apikey.New()
@@ -323,7 +323,7 @@ func (h *house) pull() *run {
 	}
 	defer sub.Unsubscribe()
 	ask := fmt.Sprintf(`{"batch":1,"expires":%d}`, patience.Nanoseconds())
-	if err := h.worker.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+schemas.JobStream+"."+h.consumer, sub.Subject, []byte(ask)); err != nil {
+	if err := h.worker.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+schemas.JobStream(agent)+"."+h.consumer, sub.Subject, []byte(ask)); err != nil {
 		h.t.Fatal(err)
 	}
 	m, err := sub.NextMsg(2 * patience)

@@ -158,7 +158,7 @@ func (r *Registry) welcome(ctx context.Context, m *nats.Msg) (schemas.Welcome, e
 	if err := r.store.UpsertAgent(ctx, report); err != nil {
 		return schemas.Welcome{}, fmt.Errorf("store agent %s: %w", agent, err)
 	}
-	welcome := schemas.Welcome{Version: version, Stream: schemas.JobStream, Consumers: make(map[string]string, len(hello.Inventory.Models))}
+	welcome := schemas.Welcome{Version: version, Stream: schemas.JobStream(agent), Consumers: make(map[string]string, len(hello.Inventory.Models))}
 	for _, model := range hello.Inventory.Models {
 		name, err := r.queue.EnsureConsumer(ctx, tenant, agent, model.ID)
 		if err != nil {

@@ -26,7 +26,7 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 const (
 	tenant   = schemas.TenantID("ten_1")
 	agent    = schemas.AgentID("agt_1")
-	patience = 10 * time.Second
+	patience = 30 * time.Second
 )
 
 // fake is a store that remembers, and fails when it is told to.
@@ -166,7 +166,7 @@ func (h *house) say(subject string, payload []byte) schemas.Welcome {
 // wantConsumer checks that jobs of the model can be pulled from the consumer.
 func (h *house) wantConsumer(name, model string) {
 	h.t.Helper()
-	m, err := h.core.Request("$JS.API.CONSUMER.INFO."+schemas.JobStream+"."+name, nil, patience)
+	m, err := h.core.Request("$JS.API.CONSUMER.INFO."+schemas.JobStream(agent)+"."+name, nil, patience)
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -192,7 +192,7 @@ func TestHelloGetsConsumers(t *testing.T) {
 	h.serve(s)
 	first := hello("qwen/qwen2.5:32b", "llama-3.3-70b")
 	w := h.say(subject, first.Encode())
-	if w.Error != nil || w.Stream != schemas.JobStream || len(w.Consumers) != 2 {
+	if w.Error != nil || w.Stream != schemas.JobStream(agent) || len(w.Consumers) != 2 {
 		t.Fatalf("welcome is %+v", w)
 	}
 	for model, name := range w.Consumers {

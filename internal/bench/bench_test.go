@@ -38,6 +38,16 @@ func TestQuick(t *testing.T) {
 			}
 		}
 	}
+	if len(r.Floor) != len(floorWork) {
+		t.Errorf("floor: %+v", r.Floor)
+	}
+	for _, m := range r.Floor {
+		for _, side := range floorSides {
+			if f := side.of(m.Rounds[0]); f.PerSecond <= 0 || f.FirstP50 <= 0 || f.Torn > 0 && side.name != "bare proxy" {
+				t.Errorf("floor, %s, %s: %+v", m, side.name, f)
+			}
+		}
+	}
 	for _, c := range []contest{
 		{1000, 1, "admit", 0}, {1000, 32, "update", 32}, {1000, 256, "update", 256}, {1, 256, "admit", 0}, {1, 256, "update", 64},
 	} {
@@ -75,7 +85,7 @@ func TestQuick(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{r.Commit, "stream, 256 tokens, 32 clients", "whole,   32 tokens,  1 client", "p99", "ownllm up", "1000 keys,  32 waiters", "   1 key,    1 waiter ",
-		"50 streams of 20 tokens/s", "each of 100 open streams", "1000 waiting", "cores busy when idle"} {
+		"50 streams of 20 tokens/s", "each of 100 open streams", "1000 waiting", "cores busy when idle", "+ Postgres"} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("the text lacks %q:\n%s", want, &text)
 		}

@@ -123,6 +123,7 @@ func measure(ctx context.Context, c config, stderr io.Writer) (*Report, error) {
 		measure func() error
 	}{
 		{"requests", func() error { report.Workloads, err = measureRequests(ctx, c, dir, stderr); return err }},
+		{"floor", func() error { report.Floor, err = measureFloor(ctx, c, dir, stderr); return err }},
 		{"streams", func() error { report.Streams, err = measureStreams(ctx, c, dir, stderr); return err }},
 		{"admissions", func() error { report.Admissions, err = measureAdmissions(ctx, c, dir, stderr); return err }},
 		{"scale", func() error { report.Scale, err = measureScale(ctx, c, dir, stderr); return err }},

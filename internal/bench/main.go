@@ -1,9 +1,9 @@
 // Command bench measures what the broker costs. It sends the same requests to the demo
 // backend directly, through a bare httputil.ReverseProxy and through `ownllm up`, in turns,
-// and prints them side by side; it does the same with thousands of streams at a reader's
-// pace, and looks at the memory that open ones take; then with admissions and bare UPDATEs.
-// Last it sees what a request costs among many tenants, keys and agents, and a durable one
-// behind many that wait.
+// and prints them side by side, and once more with minimal programs of the broker's shape
+// among them; it does the same with thousands of streams at a reader's pace, and looks at the
+// memory that open ones take; then with admissions and bare UPDATEs. Last it sees what a
+// request costs among many tenants, keys and agents, and a durable one behind many that wait.
 //
 //	go run ./internal/bench                    five rounds of two seconds for each figure
 //	go run ./internal/bench -quick             one short round, to see that it works
@@ -31,6 +31,13 @@
 //
 // Every request is admitted and settled in full: the model has a price, the key a budget,
 // and tenant and key have limits, all of them higher than anything that is measured.
+//
+// # The floor
+//
+// Package floor has minimal paths of the broker's shape, with nothing on: Fiber, core NATS, a
+// worker and back; the same with a durable queue; and that with an UPDATE in Postgres. They
+// are measured beside the rest, in turns, each a process of its own. The difference of two
+// sides is what the part costs that one has and the other hasn't.
 //
 // # Streams
 //
@@ -87,6 +94,7 @@ type config struct {
 	size     size
 	proxy    string // where to, if this is to be a proxy and nothing else
 	fleet    bool   // this is to be a fleet of agents and nothing else
+	minimal  bool   // this is to be a minimal path and nothing else
 	binary   string
 	profile  string
 	json     bool
@@ -116,7 +124,7 @@ var (
 )
 
 // parts are what can be measured alone.
-var parts = []string{"requests", "streams", "scale", "admissions", "submissions"}
+var parts = []string{"requests", "floor", "streams", "scale", "admissions", "submissions"}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -149,6 +157,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.StringVar(&c.only, "only", "", "measure `part` alone: "+strings.Join(parts, ", "))
 	flags.StringVar(&c.proxy, "proxy", "", "measure nothing: be the bare proxy in front of this `URL`")
 	flags.BoolVar(&c.fleet, "fleet", false, "measure nothing: be the agents that standard input describes")
+	flags.BoolVar(&c.minimal, "minimal", false, "measure nothing: be the minimal path that standard input describes")
 	flags.StringVar(&c.binary, "binary", "", "the ownllm that takes the requests; without it, it is built; admissions are always of this checkout")
 	flags.StringVar(&c.profile, "profile", "", "folder for CPU and allocation profiles of the broker process")
 	flags.BoolVar(&c.json, "json", false, "print JSON, for programs")
@@ -176,6 +185,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	if c.fleet {
 		if err := serveFleet(ctx, os.Stdin, stderr); err != nil {
+			fmt.Fprintf(stderr, "bench: %v\n", err)
+			return 1
+		}
+		return 0
+	}
+	if c.minimal {
+		if err := serveMinimal(ctx, os.Stdin, stdout); err != nil {
 			fmt.Fprintf(stderr, "bench: %v\n", err)
 			return 1
 		}

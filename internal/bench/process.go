@@ -71,6 +71,7 @@ type stack struct {
 	backend *process
 	broker  *process
 	proxy   *process
+	minimal []minimal
 	direct  target
 	bare    target
 	through target
@@ -98,7 +99,7 @@ func startStack(ctx context.Context, binary, dir string, stderr io.Writer, up ..
 }
 
 func (s *stack) startBackend(ctx context.Context, binary string, stderr io.Writer) (err error) {
-	s.backend, s.direct.addr, err = startListening(ctx, stderr, binary, "demo", "--listen", "127.0.0.1:0")
+	s.backend, s.direct.addr, err = startListening(ctx, nil, stderr, binary, "demo", "--listen", "127.0.0.1:0")
 	return err
 }
 
@@ -108,18 +109,18 @@ func (s *stack) startProxy(ctx context.Context, dir string, stderr io.Writer) er
 	if s.self, err = build(ctx, dir, module+"/internal/bench", "build"); err != nil {
 		return err
 	}
-	s.proxy, s.bare.addr, err = startListening(ctx, stderr, s.self, "-proxy", "http://"+s.direct.addr)
+	s.proxy, s.bare.addr, err = startListening(ctx, nil, stderr, s.self, "-proxy", "http://"+s.direct.addr)
 	return err
 }
 
 // startListening starts a program whose first line says where it listens.
-func startListening(ctx context.Context, stderr io.Writer, binary string, args ...string) (p *process, addr string, err error) {
+func startListening(ctx context.Context, stdin io.Reader, stderr io.Writer, binary string, args ...string) (p *process, addr string, err error) {
 	out, in, err := os.Pipe()
 	if err != nil {
 		return nil, "", err
 	}
 	defer out.Close()
-	p, err = start(ctx, in, stderr, binary, args...)
+	p, err = startWith(ctx, stdin, in, stderr, binary, args...)
 	_ = in.Close()
 	if err != nil {
 		return nil, "", err
@@ -217,6 +218,9 @@ func setLimits(ctx context.Context, ready adminapi.Ready) error {
 
 // close ends everything.
 func (s *stack) close() {
+	for _, m := range s.minimal {
+		m.close() // before the broker, whose Postgres one of them uses
+	}
 	for _, p := range []*process{s.broker, s.proxy, s.backend} {
 		if p != nil {
 			p.close()
@@ -244,9 +248,17 @@ func (s *stack) spent(t target) spent {
 		used.broker = readStat(s.proxy.pid()).own
 		return used
 	}
-	used.broker = readStat(s.broker.pid()).own
-	for _, p := range descendants(s.broker.pid()) {
-		used.postgres += p.own + p.reaped
+	middle, database := s.broker, true
+	for _, m := range s.minimal {
+		if m.addr == t.addr {
+			middle, database = m.process, m.database
+		}
+	}
+	used.broker = readStat(middle.pid()).own
+	if database {
+		for _, p := range descendants(s.broker.pid()) {
+			used.postgres += p.own + p.reaped
+		}
 	}
 	return used
 }

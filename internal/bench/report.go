@@ -38,6 +38,8 @@ type Report struct {
 	Load      string     `json:"load_average"` // of the last minute, at the start
 	Duration  string     `json:"duration"`
 	Workloads []Measured `json:"workloads,omitempty"`
+	// Floor is the least that a path of the broker's shape can cost.
+	Floor []Floored `json:"floor,omitempty"`
 	// Streams is what many streams at once come to.
 	Streams *Streams `json:"streams,omitempty"`
 	// Scale is what a request costs among few and among many.
@@ -124,6 +126,9 @@ func (r *Report) writeText(w io.Writer) error {
 	fmt.Fprintf(out, "commit   %s\n", r.Commit)
 	if len(r.Workloads) > 0 {
 		r.writeRequests(out)
+	}
+	if len(r.Floor) > 0 {
+		writeFloor(out, r.Duration, r.Floor)
 	}
 	if r.Streams != nil {
 		r.Streams.writeText(out)

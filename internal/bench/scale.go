@@ -228,10 +228,10 @@ func pause(ctx context.Context, d time.Duration) error {
 // writeScale shows what each estate costs, the first one being what the ratio is of.
 func writeScale(out *bufio.Writer, list []Scaled) {
 	fmt.Fprintf(out, "\nWhat a request costs among few and among many, %s with keys by chance; CPU is that of\n"+
-		"ownllm up and Postgres together for each request in ms, heartbeats included\n\n", scaleWork)
+		"ownllm up and Postgres together for each request in ms; beyond idle is what is left of it without the heartbeats\n"+
+		"and pings of the same time, which cost the same however many requests there are\n\n", scaleWork)
 	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(table, "tenants\tkeys\tagents\trequests/s\tfirst token p50, ms\tCPU\tratio\tcores busy when idle")
-	cost := func(f Figure) float64 { return (f.CPUBroker + f.CPUPostgres) / 1e3 }
+	fmt.Fprintln(table, "tenants\tkeys\tagents\trequests/s\tfirst token p50, ms\tCPU\tratio\tbeyond idle\tratio\tcores busy when idle")
 	over := func(s *Scaled, value func(Figure) float64) spread {
 		values := make([]float64, len(s.Rounds))
 		for i, f := range s.Rounds {
@@ -239,13 +239,17 @@ func writeScale(out *bufio.Writer, list []Scaled) {
 		}
 		return spreadOf(values)
 	}
-	first := over(&list[0], cost).mid
+	cost := func(f Figure) float64 { return (f.CPUBroker + f.CPUPostgres) / 1e3 }
+	beyond := func(s *Scaled) spread {
+		return over(s, func(f Figure) float64 { return cost(f) - s.Idle*1e3/f.PerSecond })
+	}
+	first, firstBeyond := over(&list[0], cost).mid, beyond(&list[0]).mid
 	for i := range list {
 		s := &list[i]
-		fmt.Fprintf(table, "%d\t%d\t%d\t%s\t%s\t%s\t%.2f\t%.3f\n", s.Tenants, s.Keys, s.Agents,
+		fmt.Fprintf(table, "%d\t%d\t%d\t%s\t%s\t%s\t%.2f\t%s\t%.2f\t%.3f\n", s.Tenants, s.Keys, s.Agents,
 			over(s, func(f Figure) float64 { return f.PerSecond }).text(0),
 			over(s, func(f Figure) float64 { return f.FirstP50 / 1e3 }).text(2),
-			over(s, cost).text(3), over(s, cost).mid/first, s.Idle)
+			over(s, cost).text(3), over(s, cost).mid/first, beyond(s).text(3), beyond(s).mid/firstBeyond, s.Idle)
 	}
 	_ = table.Flush() // writes to out, whose error counts
 }

@@ -138,11 +138,11 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer line.close()
-	door, link, err := newIngress(own, natsConfig, tel, scheduler, ingress.Config{Drain: c.DrainTimeout}, log)
+	door, err := newIngress(own, natsConfig, tel, scheduler, ingress.Config{Drain: c.DrainTimeout}, log)
 	if err != nil {
 		return err
 	}
-	defer link.close()
+	defer door.close()
 	callout, err := access.NewCallout(office.system, turnstile, natsConfig.Password, log)
 	if err != nil {
 		return err

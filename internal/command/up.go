@@ -160,11 +160,11 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 		return err
 	}
 	defer line.close()
-	side, link, err := newIngress(owner, natsConfig, tel, scheduler, ingress.Config{BodyLimit: int(c.BodyLimit), Drain: c.DrainTimeout}, log)
+	side, err := newIngress(owner, natsConfig, tel, scheduler, ingress.Config{BodyLimit: int(c.BodyLimit), Drain: c.DrainTimeout}, log)
 	if err != nil {
 		return err
 	}
-	defer link.close()
+	defer side.close()
 	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, owner, turnstile, log)
 	if err != nil {
 		return err

@@ -110,7 +110,9 @@ func TestBalancer(t *testing.T) {
 	}
 	client := newClient("http://"+b.addr+"/v1", c.Key.Reveal())
 	defer client.close()
-	idle := func() { stack.Until(t, 20*time.Second, "the backend to stop", func() bool { return backend.Stats().Active == 0 }) }
+	idle := func() {
+		stack.Until(t, 20*time.Second, "the backend to stop", func() bool { return backend.Stats().Active == 0 })
+	}
 
 	// A token comes though nothing else does; and the end of a client who waits for more, or
 	// for the first one, ends the work.

@@ -159,7 +159,7 @@ func TestNothingSecretGetsOut(t *testing.T) {
 	work.Go(func() {
 		client.chat(t.Context(), true, map[string]any{"messages": say, "demo": map[string]any{"tokens": 60, "tokens_per_second": 20}})
 	})
-	stack.Until(t, 10*time.Second, "a reply to run", func() bool { return backend.Stats().Active > 0 })
+	stack.Until(t, 30*time.Second, "a reply to run", func() bool { return backend.Stats().Active > 0 })
 	c.NATS.Kill()
 	complain(client.chat(t.Context(), true, asks["reply"]).err) // our fault, which is reported
 	c.StartNATS()

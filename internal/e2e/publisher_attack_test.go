@@ -139,7 +139,7 @@ func attackBroker(t *testing.T, store *books.Store, key apikey.Key, url, token s
 		schemas.InSubject(theirs, schemas.OperationChat), schemas.InSubject(theirs, schemas.OperationCancel), schemas.InSubject(ours, schemas.OperationChat),
 		schemas.PeerCancelSubject(theirs, first.Request), schemas.PublisherInboxPrefix(ours), schemas.PublisherInboxPrefix(ours) + "x.forged",
 		schemas.PublisherInboxPrefix(ours) + ".>", schemas.PublisherInboxPrefix(ours) + ".*.x", "$SRV.PING", "$SRV.STATS.ownllm",
-		"$SYS.REQ.SERVER.PING", "$JS.API.STREAM.PURGE." + schemas.JobStream, "$JS.API.STREAM.DELETE." + schemas.JobStream, schemas.JobStream,
+		"$SYS.REQ.SERVER.PING", "$JS.API.STREAM.PURGE." + schemas.JobStreamPrefix + "00", "$JS.API.STREAM.DELETE." + schemas.JobStreamPrefix + "00", schemas.JobStreamPrefix + "00",
 	}
 	bodies := []string{"", "{}", string(chatBody(true, nil)), fmt.Sprintf(`{"request_id":%q}`, first.Request)}
 	headers := fmt.Sprintf("NATS/1.0\r\nAuthorization: Bearer %s\r\nOwnLLM-Key: %s\r\nX-Tenant: %s\r\nNats-Request-Info: {\"acc\":\"SYS\"}\r\n\r\n",
@@ -229,12 +229,12 @@ func attackBroker(t *testing.T, store *books.Store, key apikey.Key, url, token s
 			t.Errorf("%s was published: %.200s", m.Subject, m.Data)
 		}
 	}
-	for id, e := range l.wantClosed(theirs, 10*time.Second) {
+	for id, e := range l.wantClosed(theirs, 30*time.Second) {
 		if id != string(first.Request) || e.Outcome != "done" {
 			t.Errorf("the ledger of the victim has %s: %+v", id, e)
 		}
 	}
-	if mine := l.wantClosed(ours, 10*time.Second); len(mine) > 0 {
+	if mine := l.wantClosed(ours, 30*time.Second); len(mine) > 0 {
 		t.Errorf("the ledger has %v", mine)
 	}
 	t.Logf("%d attempts", sent)

@@ -216,7 +216,7 @@ var (
 	foreign = []string{"$JS.", "$SRV.", "$SYS.", "_CHECK_."}
 	// jetstreamSays is how all answers of JetStream's API begin.
 	jetstreamSays = []byte(`{"type":"io.nats.jetstream.api.`)
-	pulls         = "$JS.API.CONSUMER.MSG.NEXT." + schemas.JobStream + "."
+	pulls         = "$JS.API.CONSUMER.MSG.NEXT." + schemas.JobStreamPrefix
 )
 
 // TestTrafficIsAsDocumented overhears a cluster in which all goes on that can: every message

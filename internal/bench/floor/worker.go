@@ -1,0 +1,137 @@
+package floor
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// backendConns is more than there are clients, see net/http.Transport.
+const backendConns = 256
+
+// worker is the side of the backend.
+type worker struct {
+	nc     *nats.Conn
+	url    string
+	client http.Client
+	jobs   sync.WaitGroup
+}
+
+// run takes jobs until ctx ends.
+func (w *worker) run(ctx context.Context, queued bool) error {
+	transport := &http.Transport{MaxIdleConnsPerHost: backendConns, DisableCompression: true}
+	defer transport.CloseIdleConnections()
+	w.client.Transport = transport
+	take := w.listen
+	if queued {
+		take = w.pull
+	}
+	stop, err := take(ctx)
+	if err != nil {
+		return fmt.Errorf("take jobs: %w", err)
+	}
+	<-ctx.Done()
+	stop()
+	w.jobs.Wait()
+	return nil
+}
+
+// listen takes jobs from core NATS.
+func (w *worker) listen(ctx context.Context) (stop func(), err error) {
+	sub, err := w.nc.QueueSubscribe(jobs, "workers", func(m *nats.Msg) { w.jobs.Go(func() { w.serve(ctx, m.Data) }) })
+	return func() { _ = sub.Unsubscribe() }, err // the connection ends, too
+}
+
+// pull takes jobs from the queue, and acknowledges each when it is done.
+func (w *worker) pull(ctx context.Context) (stop func(), err error) {
+	js, err := jetstream.New(w.nc)
+	if err != nil {
+		return nil, err
+	}
+	consumer, err := js.Consumer(ctx, queue, queue)
+	if err != nil {
+		return nil, err
+	}
+	pulling, err := consumer.Consume(func(m jetstream.Msg) {
+		w.jobs.Go(func() {
+			w.serve(ctx, m.Data())
+			_ = m.Ack() // else it is delivered again
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	return func() {
+		pulling.Stop()
+		<-pulling.Closed()
+	}, nil
+}
+
+// serve does a job.
+func (w *worker) serve(ctx context.Context, job []byte) {
+	id, body := cut(job)
+	subject := replies + id
+	last := []byte{frameEnd}
+	if err := w.call(ctx, subject, body); errors.Is(err, errWhole) {
+		return
+	} else if err != nil {
+		last[0] = frameFail
+	}
+	_ = w.nc.Publish(subject, last) // there is nobody to tell
+}
+
+// errWhole says that the reply was not a stream, and needs no end.
+var errWhole = errors.New("whole")
+
+// call asks the backend, and sends its reply on: a frame for each event of a stream.
+func (w *worker) call(ctx context.Context, subject string, body []byte) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, w.url, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := w.client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return errors.New(resp.Status)
+	}
+	if !strings.HasPrefix(resp.Header.Get("Content-Type"), "text/event-stream") {
+		whole, err := io.ReadAll(resp.Body)
+		if err == nil {
+			err = w.nc.Publish(subject, append([]byte{frameWhole}, whole...))
+		}
+		if err != nil {
+			return err
+		}
+		return errWhole
+	}
+	lines, frame := bufio.NewReader(resp.Body), []byte{frameChunk}
+	for {
+		line, err := lines.ReadSlice('\n')
+		frame = append(frame, line...)
+		if len(frame) > 1 && (err != nil || len(line) == 1) { // a blank line ends an event
+			if err := w.nc.Publish(subject, frame); err != nil {
+				return err
+			}
+			frame = frame[:1]
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
+			return err
+		}
+	}
+}
