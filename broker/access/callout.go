@@ -87,6 +87,9 @@ func (c *Callout) answer(ctx context.Context, m *nats.Msg) {
 	switch {
 	case errors.Is(err, ErrDenied):
 		answer.Error = "access denied"
+		if errors.Is(err, errCrowded) {
+			answer.Error = errCrowded.Error()
+		}
 		c.log.InfoContext(ctx, "not let in", "user", login.Name(), "host", question.ClientInformation.Host, "error", err)
 	case err != nil:
 		answer.Error = "nobody knows right now"

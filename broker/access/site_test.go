@@ -28,10 +28,25 @@ type external struct {
 	t      *testing.T
 	cfg    bus.Config
 	agents *natstest.Agents
+	args   []string
+	*stack.Process
+}
+
+// start starts the server, or another in its place.
+func (x *external) start() {
+	x.t.Helper()
+	x.Process = stack.Run(x.t, "nats-server", nil, stack.Binary(x.t, "github.com/nats-io/nats-server/v2"), x.args...)
+	stack.Until(x.t, patience, "nats-server", func() bool { return strings.Contains(strings.Join(x.Log(), "\n"), "Server is ready") })
 }
 
 // startExternal starts it, with more in its configuration.
 func startExternal(t *testing.T, more ...string) *external {
+	t.Helper()
+	return startExternalBehind(t, func(d access.Directory, _ *nats.Conn) access.Directory { return d }, more...)
+}
+
+// startExternalBehind is startExternal with something before the directory of each broker.
+func startExternalBehind(t *testing.T, door func(access.Directory, *nats.Conn) access.Directory, more ...string) *external {
 	t.Helper()
 	// A token may hold anything.
 	const token = `the "secret" $HOME \ of # the test`
@@ -45,11 +60,12 @@ func startExternal(t *testing.T, more ...string) *external {
 		t.Fatal(err)
 	}
 	host, port, _ := strings.Cut(addr, ":")
-	p := stack.Run(t, "nats-server", nil, stack.Binary(t, "github.com/nats-io/nats-server/v2"), "-c", config, "-a", host, "-p", port, "-sd", dir)
-	stack.Until(t, patience, "nats-server", func() bool { return strings.Contains(strings.Join(p.Log(), "\n"), "Server is ready") })
-	x := &external{t, bus.Config{URL: "nats://" + addr, Password: token}, natstest.NewAgents()}
+	x := &external{t: t, cfg: bus.Config{URL: "nats://" + addr, Password: token}, agents: natstest.NewAgents()}
+	x.args = []string{"-c", config, "-a", host, "-p", port, "-sd", dir}
+	x.start()
 	for range 2 {
-		callout, err := access.NewCallout(x.System(), x.agents, token, natstest.Log)
+		system := x.System()
+		callout, err := access.NewCallout(system, door(x.agents, system), token, natstest.Log)
 		if err != nil {
 			t.Fatal(err)
 		}

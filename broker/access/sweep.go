@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -33,15 +34,35 @@ type Scope struct{ Account, User string }
 // nc is a connection of bus.UserSystem. An error means that connections may be left; so does a
 // server that tells of some of its connections, and then no more.
 func Sweep(ctx context.Context, nc *nats.Conn, scope Scope, ended func(ctx context.Context, users []string) ([]string, error)) error {
+	return walk(ctx, nc, scope, func(ctx context.Context, p *page) ([]uint64, error) {
+		open := make(map[string][]uint64)
+		for _, c := range p.Data.Connections {
+			open[c.User] = append(open[c.User], c.ID)
+		}
+		if len(open) == 0 {
+			return nil, nil
+		}
+		list, err := ended(ctx, slices.Sorted(maps.Keys(open)))
+		var kick []uint64
+		for _, user := range list {
+			kick = append(kick, open[user]...)
+		}
+		return kick, err
+	})
+}
+
+// walk looks at the connections in a scope, but for those of system users, page by page, and
+// closes those whose ids look returns.
+func walk(ctx context.Context, nc *nats.Conn, scope Scope, look func(context.Context, *page) (kick []uint64, err error)) error {
 	inbox := nc.NewInbox()
 	answers, err := nc.SubscribeSync(inbox + ".*")
 	if err != nil {
-		return fmt.Errorf("sweep connections: %w", err)
+		return fmt.Errorf("look at connections: %w", err)
 	}
 	defer answers.Unsubscribe()
-	s := sweep{nc: nc, scope: scope, inbox: inbox, asked: make(map[string]bool)}
+	s := sweep{nc: nc, scope: scope, inbox: inbox, asked: make(map[string]bool), look: look}
 	if err := s.ask("PING", "CONNZ", scope.question(0)); err != nil {
-		return fmt.Errorf("sweep connections: %w", err)
+		return fmt.Errorf("look at connections: %w", err)
 	}
 	wait := sweepAnswer // that of nc itself
 	for {
@@ -50,10 +71,10 @@ func Sweep(ctx context.Context, nc *nats.Conn, scope Scope, ended func(ctx conte
 		case errors.Is(err, context.DeadlineExceeded) && wait == sweepWait && ctx.Err() == nil:
 			return nil // all have answered, as far as anybody can know
 		case err == nil:
-			err = s.look(ctx, m, ended)
+			err = s.take(ctx, m)
 		}
 		if err != nil {
-			return fmt.Errorf("sweep connections: %w", err)
+			return fmt.Errorf("look at connections: %w", err)
 		}
 		if wait = sweepWait; len(s.asked) > 0 {
 			wait = sweepAnswer
@@ -67,12 +88,13 @@ func next(ctx context.Context, answers *nats.Subscription, wait time.Duration) (
 	return answers.NextMsgWithContext(ctx)
 }
 
-// sweep is one run of Sweep.
+// sweep is one walk.
 type sweep struct {
 	nc    *nats.Conn
 	scope Scope
 	inbox string
 	asked map[string]bool // servers that owe a further page
+	look  func(context.Context, *page) ([]uint64, error)
 }
 
 // question asks for the connections from an offset on.
@@ -99,53 +121,44 @@ type page struct {
 		ID string `json:"id"`
 	} `json:"server"`
 	Data struct {
-		Offset      int `json:"offset"`
-		Connections []struct {
-			ID   uint64 `json:"cid"`
-			User string `json:"authorized_user"`
-		} `json:"connections"`
+		Offset      int          `json:"offset"`
+		Connections []connection `json:"connections"`
 	} `json:"data"`
 }
 
-// look closes what is to be closed of a page, and asks for the next if there is one.
-func (s *sweep) look(ctx context.Context, m *nats.Msg, ended func(context.Context, []string) ([]string, error)) error {
+// connection is what a server says of one.
+type connection struct {
+	ID    uint64    `json:"cid"`
+	User  string    `json:"authorized_user"`
+	Start time.Time `json:"start"`
+}
+
+// take closes what is to be closed of a page, and asks for the next if there is one.
+func (s *sweep) take(ctx context.Context, m *nats.Msg) error {
 	var p page
 	if err := json.Unmarshal(m.Data, &p); err != nil {
 		return err
 	}
-	open := make(map[string][]uint64)
-	for _, c := range p.Data.Connections {
-		if systemAccounts[c.User] == "" && (s.scope.User == "" || s.scope.User == c.User) {
-			open[c.User] = append(open[c.User], c.ID)
-		}
+	n := len(p.Data.Connections)
+	p.Data.Connections = slices.DeleteFunc(p.Data.Connections, func(c connection) bool {
+		return systemAccounts[c.User] != "" || s.scope.User != "" && s.scope.User != c.User
+	})
+	kick, err := s.look(ctx, &p)
+	if err != nil {
+		return err
 	}
-	closed := 0
-	if len(open) > 0 {
-		users := make([]string, 0, len(open))
-		for user := range open {
-			users = append(users, user)
-		}
-		slices.Sort(users)
-		list, err := ended(ctx, users)
-		if err != nil {
+	for _, id := range kick {
+		// A server does it only for who wants an answer.
+		if err := s.ask(p.Server.ID, "KICK", map[string]any{"cid": id}); err != nil {
 			return err
-		}
-		for _, user := range list {
-			for _, id := range open[user] {
-				// A server does it only for who wants an answer.
-				if err := s.ask(p.Server.ID, "KICK", map[string]any{"cid": id}); err != nil {
-					return err
-				}
-				closed++
-			}
 		}
 	}
 	if m.Subject == s.inbox+".CONNZ" {
 		delete(s.asked, p.Server.ID)
 	}
-	if n := len(p.Data.Connections); n == sweepPage {
+	if n == sweepPage {
 		s.asked[p.Server.ID] = true
-		return s.ask(p.Server.ID, "CONNZ", s.scope.question(p.Data.Offset+n-closed-sweepOverlap))
+		return s.ask(p.Server.ID, "CONNZ", s.scope.question(p.Data.Offset+n-len(kick)-sweepOverlap))
 	}
 	return nil
 }

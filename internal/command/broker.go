@@ -25,6 +25,7 @@ type brokerCommand struct {
 	DeadlineOptions
 	OpenOptions
 	QueueOptions
+	ConnectionOptions
 	SubmissionOptions
 	OpsOptions
 	LogOptions
@@ -48,6 +49,22 @@ func (o QueueOptions) check(p *problems) {
 	if o.QueueReplicas != 1 && o.QueueReplicas != 3 && o.QueueReplicas != 5 {
 		p.add("--queue-replicas: %d isn't 1, 3 or 5", o.QueueReplicas)
 	}
+}
+
+// ConnectionOptions bound the connections to NATS.
+type ConnectionOptions struct {
+	KeyConnections int `default:"64" placeholder:"N" help:"Connections to NATS that each secret of an API key may have, at all servers together. Default: 64."`
+}
+
+func (o ConnectionOptions) check(p *problems) {
+	if o.KeyConnections < 1 {
+		p.add("--key-connections: %d is less than 1", o.KeyConnections)
+	}
+}
+
+// turnstile bounds the connections of those whom the books know.
+func (o ConnectionOptions) turnstile(store *books.Store, log *slog.Logger) *access.Turnstile {
+	return access.NewTurnstile(identities{store}, o.KeyConnections, log)
 }
 
 // Help shows examples.
@@ -74,6 +91,7 @@ func (c *brokerCommand) Validate() error {
 	c.DeadlineOptions.check(&p)
 	c.OpenOptions.check(&p)
 	c.QueueOptions.check(&p)
+	c.ConnectionOptions.check(&p)
 	c.SubmissionOptions.check(&p)
 	c.OpsOptions.check(&p)
 	return p.err()
@@ -109,7 +127,8 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer own.close()
-	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, own, log)
+	turnstile := c.ConnectionOptions.turnstile(store, log)
+	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, own, turnstile, log)
 	if err != nil {
 		return err
 	}
@@ -124,7 +143,7 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer door.close()
-	callout, err := access.NewCallout(office.system, identities{store}, natsConfig.Password, log)
+	callout, err := access.NewCallout(office.system, turnstile, natsConfig.Password, log)
 	if err != nil {
 		return err
 	}
@@ -147,7 +166,7 @@ type backOffice struct {
 }
 
 // newBackOffice provisions the queue, and shares the table of agents with the owner.
-func newBackOffice(ctx context.Context, natsConfig bus.Config, o QueueOptions, store *books.Store, own *owner, log *slog.Logger) (*backOffice, error) {
+func newBackOffice(ctx context.Context, natsConfig bus.Config, o QueueOptions, store *books.Store, own *owner, turnstile *access.Turnstile, log *slog.Logger) (*backOffice, error) {
 	c, err := connect(log,
 		natsConfig.As(bus.UserCore, "ownllm-office"),
 		natsConfig.As(bus.UserAgents, "ownllm-office-agents"),
@@ -165,6 +184,7 @@ func newBackOffice(ctx context.Context, natsConfig bus.Config, o QueueOptions, s
 		return nil, err
 	}
 	return &backOffice{conns: c, system: system, parts: []part{
+		{"turnstile", func(ctx context.Context) error { return turnstile.Run(ctx, system) }},
 		{"removals", (&removal{store: store, system: system, log: log}).run},
 		{"registry", registry.New(nc, queue, store, own.agents, log).Run},
 		{"sweeper", quota.NewSweeper(store, 0, log).Run},

@@ -35,6 +35,7 @@ type upCommand struct {
 	OpenOptions
 	LimitOptions
 	QueueOptions
+	ConnectionOptions
 	SubmissionOptions
 	AdminTokenFile string `placeholder:"FILE" help:"File with the admin token, - for standard input; or give the token itself in $$OWNLLM_ADMIN_TOKEN. Without either one is made on the first run."`
 	LogOptions
@@ -72,6 +73,7 @@ func (c *upCommand) Validate() error {
 	c.OpenOptions.check(&p)
 	c.LimitOptions.check(&p)
 	c.QueueOptions.check(&p)
+	c.ConnectionOptions.check(&p)
 	c.SubmissionOptions.check(&p)
 	return p.err()
 }
@@ -130,9 +132,10 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 		return err
 	}
 	defer store.Close()
+	turnstile := c.ConnectionOptions.turnstile(store, log)
 	nats, err := natsd.Start(ctx, natsd.Config{
 		Listen: c.NATSListen, WebSocket: c.NATSWebSocket, StoreDir: filepath.Join(dir, "nats"),
-		Token: secrets.nats.Reveal(), Directory: identities{store}, Log: log,
+		Token: secrets.nats.Reveal(), Directory: turnstile, Log: log,
 	})
 	if err != nil {
 		return err
@@ -162,7 +165,7 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 		return err
 	}
 	defer side.close()
-	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, owner, log)
+	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, owner, turnstile, log)
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql/parser"
 	"go.yaml.in/yaml/v3"
 
@@ -74,8 +75,8 @@ func queries(t *testing.T) map[string]string {
 	return found
 }
 
-// TestQueries: what the dashboard and the alerts ask is PromQL, and the codes that they name
-// are those of the contract.
+// TestQueries: what the dashboard and the alerts ask is PromQL, and the codes and states that
+// they name are there.
 func TestQueries(t *testing.T) {
 	all := queries(t)
 	if len(all) < 40 {
@@ -89,6 +90,13 @@ func TestQueries(t *testing.T) {
 		}
 		for _, s := range parser.ExtractSelectors(expr) {
 			for _, m := range s {
+				if m.Name == "state" && !slices.ContainsFunc(s, func(m *labels.Matcher) bool { return m.Name == "proxy" }) { // HAProxy has its own
+					for state := range strings.SplitSeq(m.Value, "|") {
+						if !slices.Contains([]schemas.AgentState{schemas.AgentUp, schemas.AgentDraining, metric.StateAside, metric.StateAway}, schemas.AgentState(state)) {
+							t.Errorf("%s: there is no state %q", where, state)
+						}
+					}
+				}
 				if m.Name != "code" {
 					continue
 				}

@@ -79,13 +79,17 @@ func TestFailuresAreReported(t *testing.T) {
 		}
 		return event.Tags["key"] == string(id) && event.Tags["tenant"] == string(c.Tenant.ID)
 	}
-	// The keys that were known are good for a second more, so one request at least should get
-	// past them.
+	stack.Until(t, 60*time.Second, "the NATS door to be open", func() bool { return p.chat(t.Context(), false, nil).err == nil })
+	// A key that is known is good for a second more, which may be over before it is shown. Another
+	// try takes another edge, since one that fails often doesn't report it each time.
 	known := false
 	for try := 0; !known && try < 3; try++ {
-		stack.Until(t, 60*time.Second, "both doors to be open", func() bool {
-			return client.chat(t.Context(), false, nil).status == http.StatusOK && p.chat(t.Context(), false, nil).err == nil
-		})
+		if try > 0 {
+			proxy.Restore()
+			edge = c.StartEdge()
+			client.base = edge.BaseURL
+		}
+		stack.Until(t, 60*time.Second, "the edge to answer", func() bool { return client.chat(t.Context(), false, nil).status == http.StatusOK })
 		proxy.Cut()
 		r := client.chat(t.Context(), false, nil)
 		if r.status != http.StatusInternalServerError || r.request() == "" {
@@ -98,9 +102,6 @@ func TestFailuresAreReported(t *testing.T) {
 				t.Fatalf("over NATS: %+v", h)
 			}
 			wanted(c.Broker, "ownllm-broker", string(h.request), busTrace)
-		}
-		if !known {
-			proxy.Restore()
 		}
 	}
 	if !known {

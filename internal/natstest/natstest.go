@@ -35,6 +35,12 @@ type Server struct {
 // Start starts a server on a free port.
 func Start(t testing.TB) *Server {
 	t.Helper()
+	return StartBehind(t, func(d access.Directory) access.Directory { return d })
+}
+
+// StartBehind is Start with something before the directory.
+func StartBehind(t testing.TB, door func(access.Directory) access.Directory) *Server {
+	t.Helper()
 	// Not one that the system chooses: somebody else might have it when Restart needs it.
 	address, release, err := port.Reserve()
 	if err != nil {
@@ -43,7 +49,7 @@ func Start(t testing.TB) *Server {
 	t.Cleanup(release)
 	s := &Server{t: t, agents: NewAgents()}
 	s.cfg = natsd.Config{
-		Listen: address, WebSocket: "127.0.0.1:0", StoreDir: t.TempDir(), Token: "secret", Directory: s.agents, Log: Log,
+		Listen: address, WebSocket: "127.0.0.1:0", StoreDir: t.TempDir(), Token: "secret", Directory: door(s.agents), Log: Log,
 	}
 	s.start()
 	t.Cleanup(func() { s.server.Stop() })
