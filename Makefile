@@ -6,13 +6,18 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 LINTER_VERSION := v2.15.0
-VULN_VERSION := v1.1.4
+VULN_VERSION := v1.9.0
 LINTER := .bin/golangci-lint-$(LINTER_VERSION)
+
+# The database of `make vuln`, if it isn't that of the Go project: file:///path, say.
+VULN_DB ?=
 
 # How long `make fuzz` gives each target.
 FUZZTIME ?= 10s
 # How long `make chaos` makes faults.
 CHAOS ?= 5m
+# How long `make soak` sends requests.
+SOAK ?= 10m
 # How many packages `make test` tests at once. Most of them start servers, and some look at
 # the clock.
 PARALLEL ?= 1
@@ -89,6 +94,14 @@ bench: ## what the broker costs: requests against direct ones, admissions agains
 chaos: ## three nats-servers, Postgres and all roles fail, one after the other, under mixed load, for CHAOS (5m)
 	$(TEST) -race -v -timeout 6h ./internal/e2e -run '^TestChaos$$' -chaos $(CHAOS)
 
+.PHONY: upgrade
+upgrade: ## everything replaced by the next release, one process after the other, under load; the queue's leader killed
+	OWNLLM_FULL=1 $(TEST) -race -v -timeout 30m ./internal/e2e -run '^(TestRollingUpgrade|TestQueueLosesItsLeader)$$'
+
+.PHONY: soak
+soak: ## as many requests as the machine takes, for SOAK (10m): does anything grow with them?
+	$(TEST) -v -timeout 6h ./internal/e2e -run '^TestSoak$$' -soak $(SOAK)
+
 .PHONY: limits
 limits: ## limits under load, edges killed and frozen, the database gone: as often as it takes to believe it
 	OWNLLM_FULL=1 $(TEST) -race -v -timeout 60m ./internal/e2e \
@@ -99,8 +112,8 @@ failover: ## 200 workers killed in mid-stream, and a real model that dies in its
 	OWNLLM_FULL=1 $(TEST) -run "TestFailover|TestRealModelIsContinued" -timeout 30m -v ./internal/e2e
 
 .PHONY: vuln
-vuln: ## govulncheck, at the pinned version; it needs the network
-	go run golang.org/x/vuln/cmd/govulncheck@$(VULN_VERSION) ./...
+vuln: ## govulncheck, at the pinned version; it needs the network, or VULN_DB
+	go run golang.org/x/vuln/cmd/govulncheck@$(VULN_VERSION) $(if $(VULN_DB),-db $(VULN_DB)) -test ./...
 
 .PHONY: clean
 clean: ## remove what was built and installed here

@@ -74,7 +74,7 @@ func within(path string, of ...string) bool {
 }
 
 // helpers are packages for tests only.
-var helpers = []string{"internal/doctest", "internal/faultproxy", "internal/logtest", "internal/pgtest", "internal/natstest", "internal/quotatest", "internal/stack"}
+var helpers = []string{"internal/doctest", "internal/faultproxy", "internal/logtest", "internal/pgtest", "internal/natstest", "internal/quotatest", "internal/sentrytest", "internal/stack"}
 
 // Arrows point only downward: what each floor may import of the module. The first
 // entry that holds a package counts.
@@ -86,14 +86,14 @@ var floors = []struct {
 	{[]string{"broker"}, []string{"broker", "schemas"}},
 	{[]string{"edge"}, []string{"edge", "broker", "schemas", "internal/adminapi"}},
 	{[]string{"worker"}, []string{"worker", "broker", "schemas", "internal/secret"}},
-	{[]string{"internal/secret", "internal/postgres", "internal/telemetry"}, nil},
+	{[]string{"internal/port", "internal/secret", "internal/postgres", "internal/telemetry"}, nil},
 	{[]string{"internal/adminapi"}, []string{"internal/secret", "schemas"}},
 	{[]string{"internal/load"}, []string{"internal/load", "internal/secret", "schemas"}},
 	{[]string{"internal/command"}, []string{"edge", "worker", "broker", "schemas", "internal/adminapi", "internal/load", "internal/postgres", "internal/secret", "internal/telemetry"}},
 	{[]string{"."}, []string{"internal/command"}},
 	// It founds tenants by the thousand, and runs workers by the thousand in one process.
 	{[]string{"internal/bench"}, []string{"worker", "broker", "schemas", "internal/adminapi", "internal/bench", "internal/load", "internal/secret"}},
-	{[]string{"internal/topology"}, []string{"internal/postgres"}},
+	{[]string{"internal/topology"}, []string{"internal/port", "internal/postgres"}},
 	{helpers, []string{"worker", "broker", "schemas", "internal"}},
 }
 
@@ -124,6 +124,7 @@ var vendors = []struct {
 	{[]string{"github.com/gofiber", "github.com/valyala/fasthttp"}, []string{"edge", "internal/bench/floor"}},
 	{[]string{"github.com/nats-io/nats-server"}, []string{"broker/natsd"}},
 	{[]string{"go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters", "github.com/prometheus"}, []string{"internal/telemetry"}},
+	{[]string{"github.com/getsentry"}, []string{"internal/telemetry"}},
 	{[]string{"github.com/alecthomas/kong"}, []string{"internal/command"}},
 	{[]string{"github.com/HdrHistogram"}, []string{"internal/load"}},
 	{[]string{"testing", "go.uber.org/goleak", "github.com/google/go-cmp", "pgregory.net/rapid"}, helpers},
@@ -164,7 +165,7 @@ func TestOutOfReach(t *testing.T) {
 		{[]string{"worker"}, slices.Concat(database, http, server)},
 		{[]string{"broker/chat", "broker/presence", "broker/bus"}, slices.Concat(database, http, server)},
 		{[]string{"edge"}, server},
-		{[]string{"."}, []string{"go.uber.org/goleak", module + "/internal/doctest", module + "/internal/faultproxy", module + "/internal/logtest", module + "/internal/pgtest", module + "/internal/natstest", module + "/internal/quotatest", module + "/internal/stack"}},
+		{[]string{"."}, []string{"go.uber.org/goleak", module + "/internal/doctest", module + "/internal/faultproxy", module + "/internal/logtest", module + "/internal/pgtest", module + "/internal/natstest", module + "/internal/quotatest", module + "/internal/sentrytest", module + "/internal/stack"}},
 	}
 	for _, p := range list(t, "./...") {
 		for _, rule := range rules {
@@ -272,6 +273,23 @@ func TestRunbookHasEveryCode(t *testing.T) {
 	}
 	for code := range entries {
 		t.Errorf("the runbook of OPERATIONS.md has %s, which isn't a code", code)
+	}
+}
+
+// The runbook has an entry for every alert, and names no other.
+func TestRunbookHasEveryAlert(t *testing.T) {
+	_, text, _ := strings.Cut(read(t, "OPERATIONS.md"), "## Runbook: by alert")
+	text, _, _ = strings.Cut(text, "\n## ")
+	names := func(pattern, text string) (list []string) {
+		for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatch(text, -1) {
+			list = append(list, m[1])
+		}
+		slices.Sort(list)
+		return list
+	}
+	alerts := names(`(?m)^ +- alert: (\w+)$`, read(t, "scripts/compose/alerts.yml"))
+	if entries := names("(?m)^\\| `(\\w+)` \\|", text); len(alerts) == 0 || !slices.Equal(alerts, entries) {
+		t.Errorf("the alerts are %v, and the runbook has %v", alerts, entries)
 	}
 }
 

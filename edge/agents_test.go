@@ -233,13 +233,13 @@ func TestHeartbeatOverHTTP(t *testing.T) {
 	if _, err := h.store.RemoveAgent(t.Context(), a.Agent); err != nil {
 		t.Fatal(err)
 	}
-	within(t, time.Second, "the credential to die", func() bool {
+	within(t, noticed+slack, "the credential to die", func() bool {
 		resp, _ := h.do("POST", beatPath, a.Credential, beatBody())
 		return resp.StatusCode == 401
 	})
 	// Nor is it shown any more, though a heartbeat of it was on its way.
 	h.agents.Observe(a.Tenant, a.Agent, &schemas.Heartbeat{Version: 1, Incarnation: schemas.NewIncarnation(), State: schemas.AgentUp}, time.Now())
-	within(t, time.Second, "the agent to be forgotten", func() bool {
+	within(t, noticed+slack, "the agent to be forgotten", func() bool {
 		return len(admin[adminapi.List[adminapi.Agent]](h, "GET", "/agents", "").Data) == 0
 	})
 }
@@ -250,7 +250,7 @@ func TestPairedAgentIsListed(t *testing.T) {
 	h := build(t, plan{empty: true})
 	a := h.pair(0)
 	var list []adminapi.Agent
-	within(t, 2*time.Second, "the agent in the list", func() bool {
+	within(t, noticed+slack, "the agent in the list", func() bool {
 		list = admin[adminapi.List[adminapi.Agent]](h, "GET", "/agents", "").Data
 		return len(list) == 1
 	})
@@ -262,7 +262,7 @@ func TestPairedAgentIsListed(t *testing.T) {
 	if gone.ID != a.Agent || gone.Machine == nil {
 		t.Errorf("%+v", gone)
 	}
-	within(t, time.Second, "the agent to be gone", func() bool {
+	within(t, noticed+slack, "the agent to be gone", func() bool {
 		return len(admin[adminapi.List[adminapi.Agent]](h, "GET", "/agents", "").Data) == 0
 	})
 	h.calm()

@@ -35,7 +35,7 @@ func (e *Edge) chat(c *fiber.Ctx) error {
 	}
 	e.tellLimits(c, in)
 	w := &watched{
-		reply: reply, edge: e, ctx: ctx, span: span, stream: req.Stream,
+		reply: reply, edge: e, in: in, ctx: ctx, span: span, stream: req.Stream,
 		series: e.Metrics.Series(schemas.OperationChat, model.Backend, req.Model),
 	}
 	in.streaming = req.Stream
@@ -76,6 +76,7 @@ const headerWait = "X-OwnLLM-Wait"
 type watched struct {
 	reply   *dispatch.Reply
 	edge    *Edge
+	in      *call
 	ctx     context.Context //nolint:containedctx // of the request, for what is recorded at its end
 	span    oteltrace.Span
 	series  *metric.Series
@@ -89,6 +90,7 @@ type watched struct {
 	over     bool            // and was rendered
 	err      *schemas.Error  // that ended the stream
 	buf, out []byte          // rendered events; out is what hasn't been read of buf
+	pooled   *[]byte         // where buf comes from; nil: nothing was rendered yet
 }
 
 // end ends the request and records how it went. Of a request that wasn't answered
@@ -112,6 +114,9 @@ func (w *watched) end(err *schemas.Error) {
 	usage := desk.Record(w.ctx, w.series, w.reply, code, w.stream)
 	if !w.answered {
 		return
+	}
+	if code == schemas.CodeInternalError && err != desk.ErrShuttingDown {
+		w.edge.failed(w.ctx, w.in, cause)
 	}
 	if w.stream {
 		w.edge.Metrics.StreamClosed(w.ctx)

@@ -12,9 +12,11 @@ import (
 
 const (
 	// writeWait is how long a client may take nothing of what is sent to it, and
-	// writePiece how much is sent at once, in bytes.
-	writeWait  = 60 * time.Second
-	writePiece = 256 << 10
+	// writePiece how much is sent at once, in bytes; hurriedPiece is that for a client that
+	// has fallen behind.
+	writeWait    = 60 * time.Second
+	writePiece   = 256 << 10
+	hurriedPiece = 4 << 10
 	// lingerWait and lingerBytes bound what is taken in of a body that nobody wants.
 	lingerWait  = 3 * time.Second
 	lingerBytes = 64 << 20
@@ -126,13 +128,15 @@ func (c *conn) Read(p []byte) (int, error) {
 // Write implements net.Conn.
 func (c *conn) Write(p []byte) (n int, err error) {
 	for {
+		piece := writePiece
 		if err := c.SetWriteDeadline(time.Now().Add(c.writeWait)); err != nil {
 			return n, err
 		}
 		if c.hurry.Load() { // looked at after the deadline is set: see hurryUp
 			_ = c.SetWriteDeadline(time.Now().Add(stallGrace))
+			piece = hurriedPiece
 		}
-		m, err := c.TCPConn.Write(p[n:min(len(p), n+writePiece)])
+		m, err := c.TCPConn.Write(p[n:min(len(p), n+piece)])
 		n += m
 		if err != nil || n == len(p) {
 			return n, err

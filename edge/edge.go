@@ -165,7 +165,9 @@ func (e *Edge) routes() {
 	e.app.Use(e.begin, recover.New(recover.Config{
 		EnableStackTrace: true,
 		StackTraceHandler: func(c *fiber.Ctx, what any) {
-			e.Log.ErrorContext(c.UserContext(), "panic", "request", callOf(c).id, "error", what, "stack", string(debug.Stack()))
+			in := callOf(c)
+			e.Log.ErrorContext(c.UserContext(), "panic", "request", in.id, "tenant", in.identity.Tenant, "key", in.identity.Key,
+				"error", what, "stack", string(debug.Stack()))
 		},
 	}))
 	if len(e.cfg.CORSOrigins) > 0 {

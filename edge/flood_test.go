@@ -49,7 +49,7 @@ func TestFloodOfBadKeys(t *testing.T) {
 			t.Fatalf("bad key %d: %+v", bad, got)
 		}
 	}
-	if took := time.Since(start); took > 1500*time.Millisecond {
+	if took := time.Since(start); took > 4*time.Second { // one that waited for Postgres takes 5 s
 		t.Errorf("50 refusals took %s", took)
 	}
 	h.database.Restore()

@@ -25,7 +25,7 @@ import (
 // machine may add.
 const (
 	noticed = time.Second
-	slack   = time.Second
+	slack   = 2 * time.Second
 )
 
 // depth counts the jobs in the stream.
@@ -392,7 +392,7 @@ func TestNothingIsLeftOfAThousandAbortedRequests(t *testing.T) {
 	idle := []goleak.Option{before}
 	for _, f := range []string{"github.com/valyala/fasthttp.(*workerPool).workerFunc", "net/http.(*persistConn).readLoop",
 		"net/http.(*persistConn).writeLoop", "net/http.(*conn).serve", "net/http.(*connReader).backgroundRead",
-		"github.com/ownllm/ownllm/internal/pgtest.(*Proxy).serve", "github.com/ownllm/ownllm/internal/pgtest.(*Proxy).serve.func1"} {
+		"github.com/ownllm/ownllm/internal/faultproxy.(*Proxy).serve", "github.com/ownllm/ownllm/internal/faultproxy.(*Proxy).serve.func1"} {
 		idle = append(idle, goleak.IgnoreAnyFunction(f))
 	}
 	var left error

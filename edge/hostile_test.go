@@ -66,7 +66,7 @@ func TestIdleConnections(t *testing.T) {
 	if n < 1000 {
 		t.Fatalf("a limit of %d open files isn't enough for this test", limit.Cur)
 	}
-	h := build(t, plan{edge: edge.Config{HeaderTimeout: 15 * time.Second}})
+	h := build(t, plan{edge: edge.Config{HeaderTimeout: 30 * time.Second}})
 	size := func() int64 {
 		var m runtime.MemStats
 		runtime.GC()
@@ -98,7 +98,7 @@ func TestIdleConnections(t *testing.T) {
 	if took > 5*time.Second || each > most {
 		t.Errorf("a request took %s, and a connection %d bytes", took, each)
 	}
-	within(t, time.Minute, "the edge to close them", func() bool { return h.edge.Open() <= open+1 })
+	within(t, 2*time.Minute, "the edge to close them", func() bool { return h.edge.Open() <= open+1 })
 	if b, err := io.ReadAll(idle[0]); len(b) > 0 || err != nil {
 		t.Errorf("an idle connection was told %q, %v", b, err)
 	}

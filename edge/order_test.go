@@ -192,7 +192,7 @@ func TestKeyIsCheckedBeforeTheBodyIsRead(t *testing.T) {
 			start := time.Now()
 			c.send(test.head)
 			resp, body := c.whole("POST")
-			if took := time.Since(start); took > 2*time.Second {
+			if took := time.Since(start); took > patience/4 { // the body never comes
 				t.Errorf("the answer took %s", took)
 			}
 			if want := schemas.Code(test.want); codeIn(body) != test.want || resp.StatusCode != want.Info().Status || resp.ProtoMajor != 1 {

@@ -235,7 +235,7 @@ func (e *Edge) fail(c *fiber.Ctx, err error) error {
 			known = errTooManyFailures()
 		}
 	case status == 500 && err != dispatch.ErrClientGone: //nolint:errorlint // this very one
-		e.Log.ErrorContext(c.UserContext(), "request failed", "request", in.id, "error", err)
+		e.failed(c.UserContext(), in, err)
 	}
 	trace.End(oteltrace.SpanFromContext(c.UserContext()), known)
 	if in.id != "" { // else it never began
@@ -252,6 +252,11 @@ func (e *Edge) fail(c *fiber.Ctx, err error) error {
 		e.Log.DebugContext(c.UserContext(), "request refused", "request", in.id, "code", known.Code, "status", known.Status())
 	}
 	return nil
+}
+
+// failed notes that it was our fault. Whoever has the request id finds it.
+func (e *Edge) failed(ctx context.Context, in *call, err error) {
+	e.Log.ErrorContext(ctx, "request failed", "request", in.id, "tenant", in.identity.Tenant, "key", in.identity.Key, "error", err)
 }
 
 func (e *Edge) translate(c *fiber.Ctx, err error) *schemas.Error {

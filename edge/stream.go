@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"io"
 	"net"
+	"sync"
 
 	"github.com/gofiber/fiber/v2"
 
@@ -92,28 +93,61 @@ func (w *watched) sendUnframed(c *fiber.Ctx) {
 }
 
 // Read implements io.Reader: it waits for the next event and hands it out as
-// server-sent events. Whatever one call returns is flushed to the client at once.
+// server-sent events.
 func (w *watched) Read(p []byte) (int, error) {
+	if !w.fill() {
+		return 0, io.EOF
+	}
+	n := copy(p, w.out)
+	w.out = w.out[n:]
+	return n, nil
+}
+
+// maxChunk bounds what is sent to a client as one chunk, in bytes.
+const maxChunk = 32 << 10
+
+// WriteTo implements io.WriterTo: it is Read to the end, without a copy and in larger pieces,
+// so that a client that was slow for a moment soon has what waits for it. Whatever is written
+// is flushed to the client at once.
+func (w *watched) WriteTo(dst io.Writer) (n int64, err error) {
+	for w.fill() {
+		m, err := dst.Write(w.out[:min(len(w.out), maxChunk)])
+		n += int64(m)
+		if err != nil {
+			return n, err
+		}
+		w.out = w.out[m:]
+	}
+	return n, nil
+}
+
+// SupportsBodyWriteTo has fasthttp call WriteTo. See fasthttp.BodyWriterTo.
+func (w *watched) SupportsBodyWriteTo() bool { return true }
+
+// fill waits until there is something to send, and returns false at the end.
+func (w *watched) fill() bool {
+	if len(w.out) == 0 && w.pooled != nil {
+		w.out = w.buf[:0]
+	}
 	for len(w.out) == 0 {
 		switch {
 		case w.over:
-			return 0, io.EOF
+			return false
 		case w.last != nil:
 			w.appendLast()
 		default:
 			w.append(w.reply.Next())
 		}
 	}
-	n := copy(p, w.out)
-	w.out = w.out[n:]
-	if len(w.out) == 0 {
-		w.out = w.buf[:0]
-	}
-	return n, nil
+	return true
 }
 
 // append renders an event behind what hasn't been read yet.
 func (w *watched) append(ev dispatch.Event) {
+	if w.pooled == nil {
+		w.pooled = eventBuffers.Get().(*[]byte) // holds nothing else
+		w.out = *w.pooled
+	}
 	w.buf = w.out
 	for _, lines := range ev.Payload {
 		for len(lines) > 0 {
@@ -153,9 +187,20 @@ func (w *watched) appendLast() {
 
 var newline = []byte{'\n'}
 
+// eventBuffers are what events are rendered into. One that has grown beyond maxPooled isn't
+// kept.
+var eventBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+const maxPooled = 64 << 10
+
 // Close implements io.Closer: the server calls it when the stream has ended or the
 // client can't be written to any more.
 func (w *watched) Close() error {
 	w.end(w.err)
+	if w.pooled != nil && cap(w.buf) <= maxPooled {
+		*w.pooled = w.buf[:0]
+		eventBuffers.Put(w.pooled)
+	}
+	w.buf, w.out, w.pooled, w.over = nil, nil, nil, true
 	return nil
 }

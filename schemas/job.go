@@ -67,6 +67,10 @@ type Job struct {
 	// CountLate asks for it once the reply has been under way for a moment: for an owner
 	// who has plenty to pay with, and wants to know only what a reply costs that breaks off.
 	CountLate bool `json:"count_late,omitempty"`
+	// Hold says that the request isn't admitted yet: the worker calls no backend before its
+	// claim is granted, and the limit is that of the verdict. It is set only for a worker
+	// whose heartbeat says that it holds.
+	Hold bool `json:"hold,omitempty"`
 	// Continue is set on an attempt that goes on where another one broke off: the worker
 	// lets the backend say only what comes after the text.
 	Continue *Continuation `json:"continue,omitempty"`

@@ -27,7 +27,7 @@ var wire = map[string]struct{ full, minimal any }{
 		&Job{
 			Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1, Nonce: NewNonce(), Owner: NewOwnerID(), Tenant: NewTenantID(),
 			Key: NewKeyID(), Operation: "chat", Model: "qwen/qwen2.5:32b", Deadline: 1, ColdWait: 1, Stream: true, IncludeUsage: true,
-			Completion: NewRequestID().CompletionID(), Created: 1, ReplyModel: "m", Limit: 1, More: true, Count: true, CountLate: true, BodySize: 1,
+			Completion: NewRequestID().CompletionID(), Created: 1, ReplyModel: "m", Limit: 1, More: true, Count: true, CountLate: true, Hold: true, BodySize: 1,
 			Continue: &Continuation{Text: "t", Tokens: 1, PromptTokens: 1},
 		},
 		&Job{
@@ -45,7 +45,7 @@ var wire = map[string]struct{ full, minimal any }{
 	"bus-error":    {fullError, &Error{Code: CodeInternalError}},
 	"verdict":      {Verdict{Go: true, Reason: "r", Seq: 1, Next: 1, Limit: 1, More: true}, Verdict{Reason: ReasonFinished}},
 	"inventory":    {Inventory{[]Model{fullModel}, true}, Inventory{}},
-	"heartbeat":    {Heartbeat{ProtocolVersion, NewIncarnation(), AgentUp, "h", &Inventory{[]Model{fullModel}, true}, "gpu-1", 1, 1, 1}, Heartbeat{Version: ProtocolVersion, Incarnation: NewIncarnation(), State: AgentBye, Hash: "h"}},
+	"heartbeat":    {Heartbeat{ProtocolVersion, NewIncarnation(), AgentUp, "h", &Inventory{[]Model{fullModel}, true}, "gpu-1", 1, 1, 1, true}, Heartbeat{Version: ProtocolVersion, Incarnation: NewIncarnation(), State: AgentBye, Hash: "h"}},
 	"hello":        {Hello{ProtocolVersion, OldestProtocol, NewIncarnation(), "s", "h", Inventory{[]Model{fullModel}, true}}, Hello{Version: ProtocolVersion, Incarnation: NewIncarnation()}},
 	"welcome":      {Welcome{ProtocolVersion, JobStream("agt_2"), map[string]string{"m": "c"}, fullError}, Welcome{Stream: JobStream("agt_2")}},
 	"control":      {Control{ControlLimit, NewNonce(), ReasonCancelled, NewIncarnation(), 1, true}, Control{Operation: ControlInventory}},

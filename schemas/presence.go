@@ -118,6 +118,8 @@ type Heartbeat struct {
 	Running int `json:"running"`
 	Waiting int `json:"waiting"`
 	Slots   int `json:"slots"`
+	// Holds says that the worker heeds Job.Hold.
+	Holds bool `json:"holds,omitempty"`
 }
 
 // Hello is how a worker introduces itself to a broker, on connecting and whenever

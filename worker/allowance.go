@@ -17,17 +17,23 @@ type allowance struct {
 	mu      sync.Mutex
 	limit   int64         // 0: any number
 	more    bool          // it may yet rise
+	held    bool          // the owner hasn't said it yet
 	changed chan struct{} // holds one token
 }
 
 func newAllowance(job *schemas.Job) *allowance {
-	return &allowance{limit: job.Limit, more: job.More, changed: make(chan struct{}, 1)}
+	return &allowance{limit: job.Limit, more: job.More, held: job.Hold, changed: make(chan struct{}, 1)}
 }
 
-// set takes in what the owner says. A reply without a bound stays without one.
+// set takes in what the owner says. A reply without a bound stays without one, but a job
+// that is held has none only if the first word of its owner says so.
 func (a *allowance) set(limit int64, more bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.held {
+		a.held, a.limit, a.more = false, limit, more
+		return
+	}
 	if limit <= 0 || a.limit == 0 || a.limit == limit && a.more == more {
 		return
 	}

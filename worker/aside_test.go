@@ -56,7 +56,7 @@ func TestBeatsBesideTheBus(t *testing.T) {
 	var start time.Time
 	h.nats.Restart(func() {
 		start = time.Now()
-		until(t, "three beats", func() bool { return len(told.list()) == 3 })
+		until(t, "three beats", func() bool { return len(told.list()) >= 3 })
 	})
 	if took := time.Since(start); took < 1500*time.Millisecond {
 		t.Errorf("three beats within %s", took)

@@ -14,7 +14,7 @@ import (
 func TestDrain(t *testing.T) {
 	t.Parallel()
 	h, s := one(t, demo.Options{}, 1)
-	running := h.start(request("demo", true, numbered(30, 2*time.Second))).begin()
+	running := h.start(request("demo", true, numbered(30, 8*time.Second))).begin()
 	atWorker := h.start(request("demo", true, numbered(3, 0)))
 	until(t, "the second to wait at the worker", func() bool { return h.status().Waiting == 1 })
 	queued := h.start(request("demo", true, numbered(3, 0)))
@@ -38,9 +38,7 @@ func TestDrain(t *testing.T) {
 	if n := s.stats(); n.Started != 1 || n.Finished != 1 {
 		t.Errorf("the backend saw %+v, want the one request", n)
 	}
-	if n := h.depth(); n != 0 {
-		t.Errorf("%d jobs are left in the queue", n)
-	}
+	until(t, "an empty queue", func() bool { return h.depth() == 0 })
 }
 
 // What doesn't end within the drain time is ended, with an error that says so.
@@ -51,7 +49,7 @@ func TestDrainThatIsOver(t *testing.T) {
 	c := h.start(request("demo", true, numbered(6000, 10*time.Minute))).begin()
 	began := time.Now()
 	h.stop()
-	if took := time.Since(began); took < 300*time.Millisecond || took > 5*time.Second {
+	if took := time.Since(began); took < 300*time.Millisecond || took > 10*time.Second {
 		t.Errorf("stopping took %s", took)
 	}
 	if err := c.end(); err == nil || err.Code != schemas.CodeAgentOffline {

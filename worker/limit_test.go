@@ -15,6 +15,10 @@ import (
 	"github.com/ownllm/ownllm/worker/demo"
 )
 
+// beat is a little less than the second between two reports, before which comes what is said at
+// once.
+const beat = 900 * time.Millisecond
+
 // with is what a reply is asked for, and something else.
 func with(faults map[string]any, name string, value any) map[string]any {
 	faults[name] = value
@@ -154,8 +158,8 @@ func TestLimitThatIsRaisedInTime(t *testing.T) {
 	h, s := one(t, demo.Options{}, 1)
 	o := h.owner()
 	job := o.job(time.Now().Add(time.Minute))
-	job.Limit, job.More = 160, true // half of that lasts for 0.8 s
-	o.ask(job, wish(t, nil, numbered(400, 4*time.Second)))
+	job.Limit, job.More = 160, true // half of that lasts for 2.4 s
+	o.ask(job, wish(t, nil, numbered(400, 12*time.Second)))
 	r := o.hear()
 	limit := job.Limit
 	for r.last.Kind == "" {
@@ -188,7 +192,7 @@ func TestLimitThatIsRaisedLate(t *testing.T) {
 	r.until("ten tokens", func() bool { return r.tokens == 10 })
 	reached := time.Now()
 	r.until("the word that more are needed", func() bool { return len(r.wanted) > 0 })
-	if took := time.Since(reached); took > 500*time.Millisecond || r.wanted[0] != 11 {
+	if took := time.Since(reached); took > beat || r.wanted[0] != 11 {
 		t.Errorf("the word came after %s and says %v", took, r.wanted)
 	}
 	for limit := job.Limit; limit < 40; {
@@ -234,7 +238,7 @@ func TestLimitThatBecomesFinal(t *testing.T) {
 			o := h.owner()
 			job := o.job(time.Now().Add(time.Minute))
 			job.Limit, job.More = 10, true
-			o.ask(job, wish(t, nil, numbered(50, time.Second)))
+			o.ask(job, wish(t, nil, numbered(50, 10*time.Second)))
 			r := o.hear()
 			if late {
 				r.until("the word that more are needed", func() bool { return len(r.wanted) > 0 })
@@ -285,7 +289,7 @@ func TestLimitWithinAChunk(t *testing.T) {
 	asked := len(r.wanted)
 	o.raise(job, 15, true) // too few
 	r.until("the word that this isn't enough", func() bool { return len(r.wanted) > asked })
-	if took := time.Since(said); took > 500*time.Millisecond || r.tokens != 8 {
+	if took := time.Since(said); took > beat || r.tokens != 8 {
 		t.Errorf("that took %s, and there are %d tokens", took, r.tokens)
 	}
 	o.raise(job, 16, true)
@@ -337,7 +341,7 @@ func TestCount(t *testing.T) {
 	for _, stated := range []int{0, 12345} {
 		job := o.job(time.Now().Add(time.Minute))
 		job.Count = true
-		o.ask(job, wish(t, nil, with(with(numbered(3, 0), "first_token_ms", 500), "prompt_tokens", stated)))
+		o.ask(job, wish(t, nil, with(with(numbered(3, 0), "first_token_ms", 3000), "prompt_tokens", stated)))
 		r := o.hear()
 		r.until("the size of the prompt", func() bool { return r.prompt > 0 })
 		if r.tokens > 0 {
@@ -356,22 +360,31 @@ func TestCountLate(t *testing.T) {
 	t.Parallel()
 	h, _ := one(t, demo.Options{}, 1)
 	o := h.owner()
-	for _, takes := range []time.Duration{0, time.Second} {
-		job := o.job(time.Now().Add(time.Minute))
+	ask := func(takes time.Duration) (r *heard, took time.Duration) {
+		began := time.Now()
+		job := o.job(began.Add(time.Minute))
 		job.CountLate = true
 		o.ask(job, wish(t, nil, numbered(10, takes)))
-		r := o.hear()
+		r = o.hear()
 		if takes > 0 {
 			r.until("the size of the prompt", func() bool { return r.prompt > 0 })
 		}
 		r.end().want(10, "stop")
-		switch told := r.last.Usage.PromptTokens; {
-		case takes == 0 && r.prompt != 0:
-			t.Error("the prompt of a short reply was counted")
-		case takes > 0 && r.prompt != told:
-			t.Errorf("the prompt was counted as %d, and is %d", r.prompt, told)
-		}
+		return r, time.Since(began)
 	}
+	r, _ := ask(time.Second)
+	if told := r.last.Usage.PromptTokens; r.prompt != told {
+		t.Errorf("the prompt was counted as %d, and is %d", r.prompt, told)
+	}
+	// On busy cores even a short reply may take as long as a long one.
+	until(t, "a reply that is short", func() bool {
+		r, took := ask(0)
+		short := took < 100*time.Millisecond
+		if short && r.prompt != 0 {
+			t.Error("the prompt of a short reply was counted")
+		}
+		return short
+	})
 }
 
 // A count that fails is no error.
@@ -423,7 +436,7 @@ func TestReplyThatIsPaidFor(t *testing.T) {
 			if !strings.Contains(ch.body.String(), `"finish_reason":"`+c.finish+`"`) {
 				t.Errorf("it doesn't end with %q", c.finish)
 			}
-			if took := time.Since(began); took > 4*time.Second {
+			if took := time.Since(began); took > 8*time.Second {
 				t.Errorf("it took %s", took)
 			}
 			if got := h.books.Charged(t, req.ID); got.Completion != int64(c.tokens) || got.Prompt == nil || *got.Prompt == 0 {

@@ -36,9 +36,7 @@ func TestFirstJobAfterALostLink(t *testing.T) {
 			cut()
 			first.wantNumbered(20)
 			second.wantNumbered(3)
-			if n := s.stats().Active; n != 0 {
-				t.Errorf("%d requests are still with the backend", n)
-			}
+			until(t, "the backend to be free", func() bool { return s.stats().Active == 0 })
 		},
 	} {
 		lose()

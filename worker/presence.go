@@ -65,7 +65,7 @@ func (w *Worker) heartbeat(state schemas.AgentState, inventory *schemas.Inventor
 	hash, _ := w.stock.inventory()
 	hb := schemas.Heartbeat{
 		Version: schemas.ProtocolVersion, Incarnation: w.incarnation, State: state,
-		Hash: hash, Inventory: inventory, Slots: w.stock.slotCount(),
+		Hash: hash, Inventory: inventory, Slots: w.stock.slotCount(), Holds: true,
 	}
 	if inventory != nil {
 		hb.Host = w.cfg.Host

@@ -34,6 +34,8 @@ type run struct {
 	prompt  atomic.Int64 // its exact size in tokens, 0 if it wasn't counted
 	// allowance is how many tokens the reply may have.
 	allowance *allowance
+	// count is the late count of the prompt, silence the look for a model that has left memory.
+	count, silence late
 }
 
 func newRun(life context.Context, w *Worker, m *nats.Msg) (*run, error) {
@@ -54,6 +56,7 @@ func newRun(life context.Context, w *Worker, m *nats.Msg) (*run, error) {
 // acknowledged exactly once: a job that must not be run (any more) by anybody is
 // taken out of the queue, since only its owner may start another attempt.
 func (r *run) do(header nats.Header) {
+	defer r.discard()
 	defer r.w.forget(r)
 	defer r.cancel(nil)
 	ctx, span := r.w.cfg.Tracer.Process(r.ctx, header, r.job, false)
@@ -80,6 +83,9 @@ func (r *run) serve(ctx context.Context) error {
 	if p.cold() {
 		leave() // a load takes no slot
 		r.claim(true)
+		if err := r.awaitGo(ctx); err != nil {
+			return err
+		}
 		if err := r.warm(ctx, p, r.coldWait()); err != nil {
 			return err
 		}
@@ -92,6 +98,9 @@ func (r *run) serve(ctx context.Context) error {
 	defer r.working.Store(false)
 	leave()
 	r.claim(false)
+	if err := r.awaitGo(ctx); err != nil {
+		return err
+	}
 	body, err := r.fetchBody(ctx)
 	if err != nil {
 		return err
@@ -107,7 +116,8 @@ func (r *run) serve(ctx context.Context) error {
 	}
 	r.prompt.Store(int64(prompt))
 	if r.job.CountLate && prompt == 0 {
-		defer r.countLate(ctx, p.backend, body)()
+		r.countLate(ctx, p.backend, body)
+		defer r.count.stop()
 	}
 	return r.chat(ctx, p.backend, body)
 }
@@ -116,24 +126,15 @@ func (r *run) serve(ctx context.Context) error {
 // a request of its own, and a short reply soon tells by itself.
 const countAfter = 100 * time.Millisecond
 
-// countLate counts the prompt while the run is under way, until stop is called.
-func (r *run) countLate(ctx context.Context, b *backend.Backend, body []byte) (stop func()) {
-	ctx, cancel := context.WithCancel(ctx)
-	done := make(chan struct{})
-	timer := time.AfterFunc(countAfter, func() {
-		defer close(done)
+// countLate counts the prompt while the run is under way, until r.count is stopped.
+func (r *run) countLate(ctx context.Context, b *backend.Backend, body []byte) {
+	r.count.after(ctx, countAfter, func(ctx context.Context) {
 		// A count that fails is no error: the reply may tell.
 		if n, err := b.CountPrompt(ctx, r.job.Model, body); err == nil && n > 0 {
 			r.prompt.Store(int64(n))
 			r.counted(n)
 		}
 	})
-	return func() {
-		cancel()
-		if !timer.Stop() {
-			<-done
-		}
-	}
 }
 
 // coldWait is how long the request may wait for its model to be loaded.
@@ -165,17 +166,15 @@ const (
 	lookEvery = 250 * time.Millisecond
 )
 
-// lookOut looks, until stop is called, whether the model has left memory without the
+// lookOut looks, until r.silence is stopped, whether the model has left memory without the
 // worker's knowing, so that the backend loads it before it answers. Then the request waits
 // for that load as it would have from the start, and is given up, by end, once it has waited
 // for long enough. The worker asks for the load, too, so that it doesn't end with the request:
 // Ollama breaks a load off whose request is gone, and then begins it once more for the worker's.
 // A model that is in memory after all ends no request, since asking for it takes no time.
-func (r *run) lookOut(ctx context.Context, end context.CancelCauseFunc) (stop func()) {
-	ctx, cancel := context.WithCancel(ctx)
-	began, done := time.Now(), make(chan struct{})
-	timer := time.AfterFunc(lookAfter, func() {
-		defer close(done)
+func (r *run) lookOut(ctx context.Context, end context.CancelCauseFunc) {
+	began := time.Now()
+	r.silence.after(ctx, lookAfter, func(ctx context.Context) {
 		tick := time.NewTicker(lookEvery)
 		defer tick.Stop()
 		for cold := 0; cold < 2; {
@@ -196,12 +195,6 @@ func (r *run) lookOut(ctx context.Context, end context.CancelCauseFunc) (stop fu
 			}
 		}
 	})
-	return sync.OnceFunc(func() {
-		cancel()
-		if !timer.Stop() {
-			<-done
-		}
-	})
 }
 
 // chat calls the backend and sends on what it says.
@@ -211,10 +204,10 @@ func (r *run) chat(ctx context.Context, b *backend.Backend, body []byte) error {
 	start := time.Now()
 	callCtx, end := context.WithCancelCause(callCtx)
 	defer end(nil)
-	silent := r.lookOut(callCtx, end)
-	defer silent()
+	r.lookOut(callCtx, end)
+	defer r.silence.stop()
 	err := r.relay(callCtx, b, body, func() error {
-		silent()
+		r.silence.stop()
 		series.BackendChunk(callCtx, time.Since(start))
 		return context.Cause(callCtx)
 	})

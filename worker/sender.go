@@ -23,6 +23,7 @@ type sender struct {
 	stop    context.CancelCauseFunc
 	heard   chan struct{} // closed once the owner has the last frame, or wants none
 	room    chan struct{} // holds one token: the owner has taken frames
+	goes    chan struct{} // closed once the owner has said go; nil: that isn't waited for
 
 	mu         sync.Mutex
 	ackSubject string // of the latest delivery
@@ -39,6 +40,7 @@ type sender struct {
 	settled    bool          // the owner has the end of the run, or has ended it
 	kept       []kept
 	buf        []byte    // the frames that are kept, end to end
+	pooled     *[]byte   // where buf comes from; nil: there was no frame yet
 	unasked    int       // bytes of frames sent since the last request
 	spoke      time.Time // when the owner last answered
 	missing    time.Time // since when the bus says that there is no owner
@@ -86,14 +88,17 @@ func newSender(w *Worker, job *schemas.Job, ackSubject string, stop context.Canc
 		inbox: w.inbox + "." + id, stop: stop, heard: make(chan struct{}), room: make(chan struct{}, 1),
 		owner: job.Owner, ackSubject: ackSubject, spoke: now, reported: now, extended: now,
 	}
+	if job.Hold {
+		s.goes = make(chan struct{})
+	}
 	if from := job.Continue; from != nil {
 		s.tokens, s.usage = from.Tokens, schemas.Usage{PromptTokens: from.PromptTokens, CompletionTokens: from.Tokens}
 	}
 	return s
 }
 
-// claim asks the owner whether the run may go on. The answer isn't waited for: frames
-// that follow on the same connection reach the owner after the claim.
+// claim asks the owner whether the run may go on. The answer isn't waited for, unless by
+// awaitGo: frames that follow on the same connection reach the owner after the claim.
 func (s *sender) claim(loading bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -104,6 +109,19 @@ func (s *sender) claim(loading bool) {
 	}
 	s.claimed, s.spoke = true, time.Now()
 	s.report()
+}
+
+// awaitGo waits, if the job says so, until the owner has granted the claim.
+func (s *sender) awaitGo(ctx context.Context) error {
+	if s.goes == nil {
+		return nil
+	}
+	select {
+	case <-s.goes:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // report sends the state of the run as a request: as a claim until that is granted, as
@@ -194,6 +212,10 @@ func (s *sender) fail(err *schemas.Error) {
 // send numbers a frame, keeps it and publishes it. s.mu is held.
 func (s *sender) send(f *schemas.Frame) {
 	f.Run, f.Seq = s.id, s.last+1
+	if s.pooled == nil {
+		s.pooled = frameBuffers.Get().(*[]byte) // holds nothing else
+		s.buf = *s.pooled
+	}
 	start := len(s.buf)
 	buf, err := schemas.AppendFrame(s.buf, f)
 	if err != nil {
@@ -208,6 +230,20 @@ func (s *sender) send(f *schemas.Frame) {
 	s.kept = append(s.kept, kept{f.Seq, start, s.terminal})
 	s.unasked += len(buf) - start
 	s.publish(s.buf[start:], s.terminal)
+}
+
+// frameBuffers are what frames are kept in. One that has grown beyond maxPooled isn't kept.
+var frameBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+// discard drops what is kept, at the end of a run.
+func (s *sender) discard() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.pooled != nil && cap(s.buf) <= maxPooled {
+		*s.pooled = s.buf[:0]
+		frameBuffers.Put(s.pooled)
+	}
+	s.kept, s.buf, s.pooled = nil, nil, nil
 }
 
 // publish sends a frame, as a request if it has to be answered. What is lost on the
@@ -242,6 +278,9 @@ func (s *sender) answered(v schemas.Verdict, now time.Time) {
 	}
 	if !s.granted {
 		s.granted = true
+		if s.goes != nil {
+			close(s.goes)
+		}
 		if s.prompt > 0 {
 			s.report() // which the claim couldn't tell
 		}
@@ -375,7 +414,7 @@ func (s *sender) unsettled() (schemas.Usage, bool) {
 	return s.usage, !s.settled
 }
 
-// pump reports on all runs, and at once when the bus is back.
+// pump reports on all runs, and at once when the bus is back, and begins what is late.
 func (w *Worker) pump(ctx context.Context) error {
 	tick := time.NewTicker(pumpEvery)
 	defer tick.Stop()
@@ -391,6 +430,8 @@ func (w *Worker) pump(ctx context.Context) error {
 		now, connected := time.Now(), w.tokens.IsConnected()
 		for _, r := range w.list() {
 			r.tick(now, connected, force)
+			r.count.look(now)
+			r.silence.look(now)
 		}
 	}
 }

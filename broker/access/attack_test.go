@@ -21,7 +21,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(stack.Tests{M: m}) }
 
 const (
-	patience = 10 * time.Second
+	patience = 30 * time.Second
 	tenant   = schemas.TenantID("ten_1")
 	other    = schemas.TenantID("ten_2")
 	mallory  = schemas.AgentID("agt_mallory")

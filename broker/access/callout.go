@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"time"
 
 	"github.com/nats-io/jwt/v2"
@@ -118,8 +117,9 @@ func (c *Callout) sign(nkey string, g Grant) (string, error) {
 	claims.Audience = g.Account
 	claims.AllowedConnectionTypes.Add(connectionTypes...)
 	if g.Remaining > 0 {
-		// The server takes the whole seconds from its own time, cut to a second, to this.
-		claims.Expires = time.Now().Unix() + int64(math.Ceil(g.Remaining.Seconds()))
+		// The server lets it stay for the whole seconds from its own time, cut to a second, to
+		// this. Rounded up, since its second may be the next one already.
+		claims.Expires = time.Now().Add(g.Remaining + time.Second - 1).Unix()
 	}
 	if !g.All {
 		claims.Pub.Allow.Add(g.Publish...)

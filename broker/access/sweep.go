@@ -12,8 +12,10 @@ import (
 )
 
 const (
-	// sweepWait is how long servers are waited for after the last word of any.
-	sweepWait = time.Second
+	// sweepWait is how long servers are waited for that may be there, after the last word of
+	// any; sweepAnswer for one that is known to be.
+	sweepWait   = time.Second
+	sweepAnswer = 5 * time.Second
 	// sweepPage is how many connections a server tells of at once. The next page begins a
 	// little before the end of the last, since those that close meanwhile move it.
 	sweepPage    = 2048
@@ -28,22 +30,24 @@ type Scope struct{ Account, User string }
 // Grant.User, and returns those that may not be there any more. Whoever shouldn't come back
 // has to have lost its credential before.
 //
-// nc is a connection of bus.UserSystem. An error means that connections may be left.
+// nc is a connection of bus.UserSystem. An error means that connections may be left; so does a
+// server that tells of some of its connections, and then no more.
 func Sweep(ctx context.Context, nc *nats.Conn, scope Scope, ended func(ctx context.Context, users []string) ([]string, error)) error {
-	answers, err := nc.SubscribeSync(nc.NewInbox())
+	inbox := nc.NewInbox()
+	answers, err := nc.SubscribeSync(inbox + ".*")
 	if err != nil {
 		return fmt.Errorf("sweep connections: %w", err)
 	}
 	defer answers.Unsubscribe()
-	s := sweep{nc: nc, scope: scope, reply: answers.Subject}
+	s := sweep{nc: nc, scope: scope, inbox: inbox, asked: make(map[string]bool)}
 	if err := s.ask("PING", "CONNZ", scope.question(0)); err != nil {
 		return fmt.Errorf("sweep connections: %w", err)
 	}
-	heard := false
+	wait := sweepAnswer // that of nc itself
 	for {
-		m, err := next(ctx, answers)
+		m, err := next(ctx, answers, wait)
 		switch {
-		case errors.Is(err, context.DeadlineExceeded) && heard && ctx.Err() == nil:
+		case errors.Is(err, context.DeadlineExceeded) && wait == sweepWait && ctx.Err() == nil:
 			return nil // all have answered, as far as anybody can know
 		case err == nil:
 			err = s.look(ctx, m, ended)
@@ -51,12 +55,14 @@ func Sweep(ctx context.Context, nc *nats.Conn, scope Scope, ended func(ctx conte
 		if err != nil {
 			return fmt.Errorf("sweep connections: %w", err)
 		}
-		heard = true
+		if wait = sweepWait; len(s.asked) > 0 {
+			wait = sweepAnswer
+		}
 	}
 }
 
-func next(ctx context.Context, answers *nats.Subscription) (*nats.Msg, error) {
-	ctx, cancel := context.WithTimeout(ctx, sweepWait)
+func next(ctx context.Context, answers *nats.Subscription, wait time.Duration) (*nats.Msg, error) {
+	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	return answers.NextMsgWithContext(ctx)
 }
@@ -65,7 +71,8 @@ func next(ctx context.Context, answers *nats.Subscription) (*nats.Msg, error) {
 type sweep struct {
 	nc    *nats.Conn
 	scope Scope
-	reply string
+	inbox string
+	asked map[string]bool // servers that owe a further page
 }
 
 // question asks for the connections from an offset on.
@@ -82,7 +89,7 @@ func (s *sweep) ask(server, what string, question map[string]any) error {
 	if err != nil {
 		return err
 	}
-	return s.nc.PublishRequest("$SYS.REQ.SERVER."+server+"."+what, s.reply, body)
+	return s.nc.PublishRequest("$SYS.REQ.SERVER."+server+"."+what, s.inbox+"."+what, body)
 }
 
 // page is a server's word of its connections. A server answers a kick, too, which is like
@@ -133,7 +140,11 @@ func (s *sweep) look(ctx context.Context, m *nats.Msg, ended func(context.Contex
 			}
 		}
 	}
+	if m.Subject == s.inbox+".CONNZ" {
+		delete(s.asked, p.Server.ID)
+	}
 	if n := len(p.Data.Connections); n == sweepPage {
+		s.asked[p.Server.ID] = true
 		return s.ask(p.Server.ID, "CONNZ", s.scope.question(p.Data.Offset+n-closed-sweepOverlap))
 	}
 	return nil

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/ownllm/ownllm/broker/access"
 	"github.com/ownllm/ownllm/broker/apikey"
@@ -74,21 +76,31 @@ func removalCuts(t *testing.T, server site) {
 // More connections than a server tells of at once are looked at all the same, and of these
 // only those are closed that are to be.
 func TestSweepOfMany(t *testing.T) {
-	const many = 2048 + 300
-	server := natstest.Start(t)
+	const many, together = 2048 + 300, 8
+	// The house's own interval has a server on busy cores close connections by itself.
+	server := startExternal(t, `ping_interval: "10m"`)
 	system := server.System()
 	lost := make(chan int, many)
-	var clients []*nats.Conn
-	for i := range many {
-		key, id := apikey.New(), schemas.KeyID(fmt.Sprintf("key_%d", i))
-		server.Agents().Issue(id, key, 0)
-		nc, err := nats.Connect(server.Config("").URL, nats.InProcessServer(server), nats.Token(key.Reveal()), nats.NoReconnect(),
-			nats.ClosedHandler(func(*nats.Conn) { lost <- i }))
-		if err != nil {
-			t.Fatal(err)
+	clients := make([]*nats.Conn, many)
+	var connecting errgroup.Group
+	connecting.SetLimit(together)
+	for i := range clients {
+		connecting.Go(func() (err error) {
+			key, id := apikey.New(), schemas.KeyID(fmt.Sprintf("key_%d", i))
+			server.Agents().Issue(id, key, 0)
+			clients[i], err = nats.Connect(server.Config("").URL, nats.Token(key.Reveal()), nats.NoReconnect(), nats.Timeout(patience),
+				nats.ClosedHandler(func(*nats.Conn) { lost <- i }))
+			return err
+		})
+	}
+	err := connecting.Wait()
+	for _, nc := range clients {
+		if nc != nil {
+			defer nc.Close()
 		}
-		defer nc.Close()
-		clients = append(clients, nc)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 	odd := func(user string) (number int, odd bool) {
 		key, _, ok := access.ParsePublisherUser(user)
@@ -98,7 +110,7 @@ func TestSweepOfMany(t *testing.T) {
 		return number, number%2 == 1
 	}
 	var asked []string
-	err := access.Sweep(t.Context(), system, access.Scope{Account: access.AccountIngress}, func(_ context.Context, users []string) (ended []string, err error) {
+	err = access.Sweep(t.Context(), system, access.Scope{Account: access.AccountIngress}, func(_ context.Context, users []string) (ended []string, err error) {
 		asked = append(asked, users...)
 		for _, user := range users {
 			if _, ends := odd(user); ends {
@@ -128,6 +140,54 @@ func TestSweepOfMany(t *testing.T) {
 		if i%2 == 0 && !nc.IsConnected() {
 			t.Errorf("client %d was cut off", i)
 		}
+	}
+}
+
+// A server that owes a further page of its connections is waited for, longer than others that
+// may be there; and if it doesn't come, the sweep doesn't count as done.
+func TestSweepWaitsForEveryPage(t *testing.T) {
+	const page = 2048
+	for name, c := range map[string]struct {
+		later time.Duration // 0: never
+		users int
+	}{"late": {1500 * time.Millisecond, page + 1}, "never": {0, page}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := natstest.Start(t)
+			play := server.Core("a server that is played")
+			users := func(from, to int) []byte {
+				var list []string
+				for i := from; i < to; i++ {
+					list = append(list, fmt.Sprintf(`{"cid":%d,"authorized_user":"agt_%d"}`, i+1, i))
+				}
+				return fmt.Appendf(nil, `{"server":{"id":"played"},"data":{"offset":%d,"connections":[%s]}}`, from, strings.Join(list, ","))
+			}
+			for subject, answer := range map[string]func(*nats.Msg){
+				"$SYS.REQ.SERVER.PING.CONNZ": func(m *nats.Msg) { _ = m.Respond(users(0, page)) },
+				"$SYS.REQ.SERVER.played.CONNZ": func(m *nats.Msg) {
+					if c.later > 0 {
+						time.AfterFunc(c.later, func() { _ = m.Respond(users(page, page+1)) })
+					}
+				},
+			} {
+				if _, err := play.Subscribe(subject, answer); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := play.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			asked := make(map[string]bool)
+			err := access.Sweep(t.Context(), server.Core("sweep"), access.Scope{Account: access.AccountAgents}, func(_ context.Context, users []string) ([]string, error) {
+				for _, user := range users {
+					asked[user] = strings.HasPrefix(user, "agt_")
+				}
+				return nil, nil
+			})
+			if (err == nil) != (c.later > 0) || len(asked) != c.users {
+				t.Errorf("%v, asked for %d users", err, len(asked))
+			}
+		})
 	}
 }
 

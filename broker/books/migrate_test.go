@@ -103,7 +103,7 @@ func TestMigrateUpDownUp(t *testing.T) {
 }
 
 // lastVersion is that of the last migration.
-const lastVersion = int64(10)
+const lastVersion = int64(11)
 
 // A key is the same key in either form of the schema, and there and back.
 func TestMigrateSecrets(t *testing.T) {

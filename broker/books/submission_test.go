@@ -260,7 +260,7 @@ func await(t *testing.T, woken chan struct{}) {
 	t.Helper()
 	select {
 	case <-woken:
-	case <-time.After(10 * time.Second):
+	case <-time.After(30 * time.Second):
 		t.Fatal("nobody was told")
 	}
 }

@@ -204,13 +204,21 @@ func (s *Store) Turn(ctx context.Context, turn Turn) (Outcomes, error) {
 		out = Outcomes{}
 		batch := &pgx.Batch{}
 		batch.Queue(`SELECT books_lock($1, $2)`, lock.tenants, lock.keys)
-		if len(turn.Settle) > 0 {
+		switch len(turn.Settle) {
+		case 0:
+		case 1:
+			s.queueSettleOne(batch, settle, &out.Settled)
+		default:
 			s.queueSettle(batch, turn.Settle, settle, &out.Settled)
 		}
 		if len(turn.Alter) > 0 {
 			queueAlter(batch, alter, &out.Altered)
 		}
-		if len(turn.Admit) > 0 {
+		switch len(admit.ids) {
+		case 0:
+		case 1:
+			s.queueAdmitOne(batch, turn, admit, &out.Admit)
+		default:
 			s.queueAdmit(batch, turn, lock, admit, &out.Admit)
 		}
 		return s.pool.SendBatch(ctx, batch).Close()
@@ -287,6 +295,17 @@ func (s *Store) queueSettle(batch *pgx.Batch, list []Settlement, c settleColumns
 				}
 			}
 			return nil
+		})
+}
+
+// queueSettleOne is queueSettle for one settlement.
+func (s *Store) queueSettleOne(batch *pgx.Batch, c settleColumns, out *[]State) {
+	batch.Queue(`SELECT books_settle_one($1, $2, $3, $4, $5, $6)`, s.at(), c.ids[0], c.keys[0], c.prompts[0], c.completions[0], c.outcomes[0]).
+		QueryRow(func(row pgx.Row) error {
+			var state State
+			err := row.Scan(&state)
+			*out = append(*out, state)
+			return err
 		})
 }
 
@@ -391,35 +410,54 @@ func positions(list []string) map[string]int32 {
 	return m
 }
 
+// decisionColumns are what books_admit and books_admit_one return.
+const decisionColumns = `reason, granted, reserved_amount, token_price, charged_month, slots, slots_free, budget, budget_free, wait_ms`
+
 func (s *Store) queueAdmit(batch *pgx.Batch, turn Turn, lock locks, c admitColumns, out *[]Decision) {
-	open := turn.OpenTokens
-	if open <= 0 {
-		open = DefaultOpenTokens
-	}
-	batch.Queue(`
-		SELECT reason, granted, reserved_amount, token_price, charged_month, slots, slots_free, budget, budget_free, wait_ms
+	batch.Queue(`SELECT `+decisionColumns+`
 		FROM books_admit($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)`,
-		s.at(), turn.Lease.Owner, turn.Lease.Epoch, clamp(open), lock.tenants, lock.keys, c.keyTenants, c.priceTenants, c.priceModels,
+		s.at(), turn.Lease.Owner, turn.Lease.Epoch, turn.openTokens(), lock.tenants, lock.keys, c.keyTenants, c.priceTenants, c.priceModels,
 		c.ids, c.askKeys, c.askPrices, c.prompts, c.limits, c.agents, c.timeouts).
-		Query(func(rows pgx.Rows) error {
-			list := make([]Decision, 0, len(c.ids))
-			for rows.Next() {
-				var d Decision
-				var wait int64
-				if err := rows.Scan(&d.Reason, &d.Limit, &d.Amount, &d.Price, &d.Month, &d.Slots, &d.SlotsFree, &d.Budget, &d.BudgetFree, &wait); err != nil {
-					return err
-				}
-				d.Wait = time.Duration(wait) * time.Millisecond
-				list = append(list, d)
+		Query(c.decisions(out))
+}
+
+// queueAdmitOne is queueAdmit for a turn that asks for one request, be it several times.
+func (s *Store) queueAdmitOne(batch *pgx.Batch, turn Turn, c admitColumns, out *[]Decision) {
+	x := &turn.Admit[0]
+	batch.Queue(`SELECT `+decisionColumns+` FROM books_admit_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)`,
+		s.at(), turn.Lease.Owner, turn.Lease.Epoch, turn.openTokens(), x.Tenant, x.Key, x.Model, x.Request,
+		c.prompts[0], c.limits[0], c.agents[0], c.timeouts[0]).
+		Query(c.decisions(out))
+}
+
+func (t *Turn) openTokens() int64 {
+	if t.OpenTokens <= 0 {
+		return DefaultOpenTokens
+	}
+	return clamp(t.OpenTokens)
+}
+
+// decisions reads the answers to all questions.
+func (c *admitColumns) decisions(out *[]Decision) func(pgx.Rows) error {
+	return func(rows pgx.Rows) error {
+		list := make([]Decision, 0, len(c.ids))
+		for rows.Next() {
+			var d Decision
+			var wait int64
+			if err := rows.Scan(&d.Reason, &d.Limit, &d.Amount, &d.Price, &d.Month, &d.Slots, &d.SlotsFree, &d.Budget, &d.BudgetFree, &wait); err != nil {
+				return err
 			}
-			if rows.Err() != nil || len(list) != len(c.ids) {
-				return rows.Err() // the caller counts
-			}
-			for _, row := range c.rows {
-				*out = append(*out, list[row])
-			}
-			return nil
-		})
+			d.Wait = time.Duration(wait) * time.Millisecond
+			list = append(list, d)
+		}
+		if rows.Err() != nil || len(list) != len(c.ids) {
+			return rows.Err() // the caller counts
+		}
+		for _, row := range c.rows {
+			*out = append(*out, list[row])
+		}
+		return nil
+	}
 }
 
 func clamp(tokens int64) int64 { return min(max(tokens, 0), MaxTokens) }

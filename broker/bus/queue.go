@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -94,25 +95,34 @@ func (q *Queue) Provision(ctx context.Context, cfg QueueConfig) error {
 // ErrQueueFull says that the (agent, model) has as many jobs as it may.
 var ErrQueueFull = errors.New("queue is full")
 
-// publishTries is how often a publish is tried whose acknowledgement didn't come.
-// The deduplication id makes one job of all of them.
-const publishTries = 2
-
-// publishWait bounds one try.
+// publishWait bounds one try to publish. The deduplication id makes one job of all of them,
+// and if a cluster that changes its leader stores two all the same, the claim fences one.
 const publishWait = 2 * time.Second
+
+// publishMost is for how long a publish is tried whose acknowledgement doesn't come.
+const publishMost = 2 * publishWait
+
+// electionMost is for how long a publish is tried at a NATS cluster. One that has lost the
+// leader of the queue chooses another after 4 to 9 s, and once more if two stand at a time.
+const electionMost = 20 * time.Second
 
 // ReturnWait is how long whoever needs the bus waits for a connection that was lost. After a
 // restart of the bus the connections of a process come back up to 0.2 s apart, so that one
 // of them can be there and another not yet.
 const ReturnWait = time.Second
 
-// returnLook is how often a JetStream that isn't there yet is asked again within that.
-const returnLook = 20 * time.Millisecond
+// A JetStream that isn't there yet is asked again after lookFirst, and then less and less
+// often, down to every lookMost.
+const (
+	lookFirst = 20 * time.Millisecond
+	lookMost  = 250 * time.Millisecond
+)
 
 // Publish puts a job into the queue of its (agent, model) and returns its sequence
-// number in the stream of the agent. If the queue isn't there, it is waited for as long as ReturnWait. It returns
-// ErrQueueFull, or an error for which Down is true if nobody knows whether the job was
-// stored.
+// number in the stream of the agent. A queue that isn't there is waited for: for as long as ReturnWait while the
+// connection is lost or a single server comes up, and for as long as a cluster takes to
+// choose a leader. It returns ErrQueueFull, or an error for which Down is true if nobody
+// knows whether the job was stored.
 func (q *Queue) Publish(ctx context.Context, agent schemas.AgentID, job *schemas.Job, body string, header nats.Header) (uint64, error) {
 	payload, err := job.Encode(body)
 	if err != nil {
@@ -125,25 +135,22 @@ func (q *Queue) Publish(ctx context.Context, agent schemas.AgentID, job *schemas
 		header[schemas.HeaderTTL] = []string{strconv.Itoa(int(left/time.Second) + 2)}
 	}
 	msg := &nats.Msg{Subject: schemas.JobSubject(job.Tenant, agent, job.Model), Header: header, Data: payload}
-	var absent time.Time // since when nobody has taken it
-	for try := 1; ; try++ {
+	began, sent := time.Now(), false // whether some try may have reached the stream
+	for look := lookFirst; ; look = min(2*look, lookMost) {
 		tryCtx, cancel := context.WithTimeout(ctx, publishWait)
 		ack, err := q.js.PublishMsg(tryCtx, msg, jetstream.WithRetryAttempts(0))
 		cancel()
-		if unsent(err) && q.returns(ctx, &absent) {
-			try--
-			continue
-		}
 		switch {
-		case err == nil && ack.Duplicate && try == 1:
+		case err == nil && ack.Duplicate && !sent:
 			return 0, fmt.Errorf("publish job %s: its id %s was taken", job.Request, job.MsgID())
 		case err == nil:
 			return ack.Sequence, nil
 		case full(err):
 			return 0, ErrQueueFull
-		case try == publishTries || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded):
+		case !q.mayReturn(ctx, err, time.Since(began), look):
 			return 0, fmt.Errorf("publish job %s: %w", job.Request, err)
 		}
+		sent = sent || !unsent(err)
 	}
 }
 
@@ -153,17 +160,36 @@ func unsent(err error) bool {
 		errors.Is(err, jetstream.ErrNoStreamResponse) || errors.Is(err, nats.ErrNoResponders)
 }
 
-// returns waits a moment for a queue that isn't there, and reports whether to try again.
-// absent is when it was first missed; zero: it wasn't.
-func (q *Queue) returns(ctx context.Context, absent *time.Time) bool {
-	if absent.IsZero() {
-		*absent = time.Now()
-	}
-	left := ReturnWait - time.Since(*absent)
-	if left <= 0 || !Await(ctx, q.nc, left) {
+// leaderless reports whether err is what JetStream says while a stream changes its leader.
+func leaderless(err error) bool {
+	const (
+		notAvailable jetstream.ErrorCode = 10008
+		notLeader    jetstream.ErrorCode = 10009
+		offline      jetstream.ErrorCode = 10118
+		inProcess    jetstream.ErrorCode = 10158 // an earlier try of the same
+	)
+	var api *jetstream.APIError
+	return errors.As(err, &api) && slices.Contains([]jetstream.ErrorCode{notAvailable, notLeader, offline, inProcess}, api.ErrorCode)
+}
+
+// mayReturn waits a moment for a queue that has failed like this, and reports whether to try
+// again. gone is how long it has been tried.
+func (q *Queue) mayReturn(ctx context.Context, err error, gone, look time.Duration) bool {
+	timedOut := errors.Is(err, context.DeadlineExceeded)
+	if ctx.Err() != nil || !timedOut && !unsent(err) && !leaderless(err) || !Await(ctx, q.nc, ReturnWait) {
 		return false
 	}
-	timer := time.NewTimer(returnLook)
+	most := ReturnWait
+	switch {
+	case q.nc.ConnectedClusterName() != "":
+		most = electionMost
+	case timedOut:
+		most = publishMost
+	}
+	if gone >= most {
+		return false
+	}
+	timer := time.NewTimer(min(look, most-gone))
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():

@@ -26,6 +26,9 @@ const (
 	agentB = schemas.AgentID("agt_q") // in the same stream as agentA
 	agentC = schemas.AgentID("agt_b") // in another one
 	model  = "qwen/qwen2.5:32b"
+
+	// patience is how long a test waits for what has to come.
+	patience = 30 * time.Second
 )
 
 func job(request string, attempt int) *schemas.Job {
@@ -52,7 +55,7 @@ func pull(t *testing.T, nc *nats.Conn, consumer string, wait time.Duration) *nat
 	if err := nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+schemas.JobStream(agentA)+"."+consumer, inbox, request); err != nil {
 		t.Fatal(err)
 	}
-	m, err := sub.NextMsg(wait + time.Second)
+	m, err := sub.NextMsg(wait + patience)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -71,7 +74,7 @@ func TestQueueBoundIsPerAgentAndModelAndCountsWhatRuns(t *testing.T) {
 			t.Fatalf("job %d: %v", i, err)
 		}
 	}
-	running := pull(t, nc, name, time.Second)
+	running := pull(t, nc, name, patience)
 	if len(running.Data) == 0 {
 		t.Fatalf("nothing was delivered: %v", running.Header)
 	}
@@ -86,7 +89,7 @@ func TestQueueBoundIsPerAgentAndModelAndCountsWhatRuns(t *testing.T) {
 	if err := nc.Publish(running.Reply, []byte("+ACK")); err != nil {
 		t.Fatal(err)
 	}
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(patience)
 	for {
 		_, err := q.Publish(ctx, agentA, third, "{}", nats.Header{})
 		if err == nil {
@@ -207,7 +210,7 @@ func TestJobsOutliveARestart(t *testing.T) {
 			t.Errorf("publish without a server: got %v, want an error that says that the bus is down", err)
 		}
 	})
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(patience)
 	for {
 		ensure, cancel := context.WithTimeout(ctx, time.Second)
 		again, err := q.EnsureConsumer(ensure, tenant, agentA, model)
@@ -219,7 +222,7 @@ func TestJobsOutliveARestart(t *testing.T) {
 			t.Fatalf("consumer not made again: %v", err)
 		}
 	}
-	m := pull(t, nc, name, 5*time.Second)
+	m := pull(t, nc, name, patience)
 	got, body, err := schemas.DecodeJob(m.Data)
 	if err != nil {
 		t.Fatalf("%v (%v)", err, m.Header)
@@ -273,12 +276,12 @@ func TestManyJobsRunAtOnce(t *testing.T) {
 			t.Fatalf("job %d: %v", i, err)
 		}
 	}
-	request := fmt.Sprintf(`{"batch":%d,"expires":%d}`, jobs, 20*time.Second)
+	request := fmt.Sprintf(`{"batch":%d,"expires":%d}`, jobs, patience)
 	if err := nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+schemas.JobStream(agentA)+"."+name, inbox, []byte(request)); err != nil {
 		t.Fatal(err)
 	}
 	for i := range jobs {
-		if m, err := sub.NextMsg(25 * time.Second); err != nil || len(m.Data) == 0 {
+		if m, err := sub.NextMsg(2 * patience); err != nil || len(m.Data) == 0 {
 			t.Fatalf("job %d wasn't delivered: %v, %v", i, m, err)
 		}
 	}

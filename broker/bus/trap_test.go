@@ -34,7 +34,7 @@ func TestNothingStaleIsReplayed(t *testing.T) {
 	server := natstest.Start(t)
 	nc := server.Connect("publisher")
 	server.Restart(func() {
-		deadline := time.Now().Add(5 * time.Second)
+		deadline := time.Now().Add(patience)
 		for nc.IsConnected() {
 			if time.Now().After(deadline) {
 				t.Fatal("the loss of the server wasn't noticed")
@@ -52,13 +52,13 @@ func TestNothingStaleIsReplayed(t *testing.T) {
 	if err := listener.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(patience)
 	for nc.Publish("x", []byte("fresh")) != nil {
 		if time.Now().After(deadline) {
 			t.Fatal("the publisher didn't come back")
 		}
 	}
-	m, err := sub.NextMsg(5 * time.Second)
+	m, err := sub.NextMsg(patience)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,7 +95,7 @@ func TestJobsExpire(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	deadline := time.Now().Add(15 * time.Second)
+	deadline := time.Now().Add(patience)
 	for {
 		depths, err := q.Depths(t.Context(), tenant)
 		if err != nil {

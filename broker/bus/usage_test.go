@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/internal/natstest"
@@ -30,7 +31,7 @@ func storeReport(t *testing.T, nc *nats.Conn, request string) {
 // next takes reports until one comes, and checks whose it is.
 func next(t *testing.T, reports *bus.Reports, most int) []bus.Report {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; {
+	for deadline := time.Now().Add(patience); ; {
 		list, err := reports.Next(t.Context(), most)
 		if err != nil && time.Now().After(deadline) {
 			t.Fatal(err)
@@ -121,8 +122,19 @@ func TestReportsOutliveARestart(t *testing.T) {
 	if err := list[0].Done(); err != nil {
 		t.Fatal(err)
 	}
-	if err := nc.Flush(); err != nil {
+	// What it acknowledges a server does some time after it has read it, if it still runs.
+	js, err := jetstream.New(nc)
+	if err != nil {
 		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		stream, err := js.Stream(t.Context(), schemas.UsageStream)
+		if err == nil && stream.CachedInfo().State.Msgs == 1 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("what is done is still there: %v", err)
+		}
 	}
 	server.Restart(func() {
 		if err := bus.ReportUsage(t.Context(), nc, tenant, agentA, usageReport("req_3")); !bus.Down(err) {
@@ -133,7 +145,7 @@ func TestReportsOutliveARestart(t *testing.T) {
 	if done == "req_1" {
 		open = "req_2"
 	}
-	for deadline := time.Now().Add(10 * time.Second); ; {
+	for deadline := time.Now().Add(patience); ; {
 		err := bus.ReportUsage(t.Context(), nc, tenant, agentA, usageReport(open))
 		if err == nil {
 			break

@@ -12,8 +12,8 @@ import (
 
 // What a request holds in the books, and what it is charged in the end.
 //
-// A reservation is made once the agent is chosen and before the job is published, so
-// nothing runs that isn't paid for. Billed is what was taken in: the tokens of the
+// A reservation is made once the agent is chosen and before the job is run, so nothing
+// runs that isn't paid for; see ahead.go for jobs that are published before. Billed is what was taken in: the tokens of the
 // frames that passed Reply.take. The last frame of a worker is answered only once the
 // books have its settlement; if this process dies before that, the worker reports what
 // it counted, and if the worker dies first, this process settles what it took in.
@@ -33,10 +33,10 @@ const (
 
 // bill is the state of a Reply's reservation.
 type bill struct {
-	// Written before the first attempt is published, and not changed since.
+	// Written once, under Reply.mu, and before Start returns.
 	grant    quota.Grant
 	admitted bool
-	agent    schemas.AgentID // whom the books know; belongs to the reader
+	agent    schemas.AgentID // whom the books know; belongs to the reader once it is admitted
 
 	// changes ends what is still being asked of the books when the request ends.
 	changes context.Context //nolint:containedctx // see Reply.ctx
@@ -46,6 +46,7 @@ type bill struct {
 	settled chan struct{} // closed once the books have the settlement
 
 	// Guarded by Reply.mu.
+	let      bool  // the request may run
 	begun    bool  // the job was published
 	settling bool  // nothing more is asked of the books
 	limit    int64 // the most tokens that the reply may have; 0: it needs no bound
@@ -89,21 +90,25 @@ func (r *Reply) assign(agent schemas.AgentID) error {
 
 func (r *Reply) admit(agent schemas.AgentID) error {
 	b, d := &r.bill, r.d
-	var err error
 	asked := time.Now()
-	b.grant, err = d.gate.Admit(r.ctx, quota.Ask{
+	grant, err := d.gate.Admit(r.ctx, quota.Ask{
 		Request: r.req.ID, Tenant: r.req.Tenant, Key: r.req.Key, Model: r.req.Model,
 		Prompt: r.req.Prompt, Limit: r.req.Limit, Agent: agent, Timeout: d.cfg.Total - time.Since(r.req.Received),
 	})
 	d.metrics.Admitted(r.ctx, time.Since(asked))
+	r.mu.Lock()
+	b.grant = grant
+	if err == nil {
+		b.admitted, b.agent = true, agent
+		b.changes, b.stop = context.WithCancel(context.WithoutCancel(r.ctx))
+		b.more = grant.Open && r.req.Stream && grant.Price > 0
+	}
+	r.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	b.admitted, b.agent = true, agent
-	b.changes, b.stop = context.WithCancel(context.WithoutCancel(r.ctx))
-	limit := b.grant.Limit
-	b.more = b.grant.Open && r.req.Stream && b.grant.Price > 0
-	if b.grant.Open && !r.req.Stream && b.grant.Price > 0 && limit < r.req.Most {
+	limit := grant.Limit
+	if grant.Open && !r.req.Stream && grant.Price > 0 && limit < r.req.Most {
 		// What comes in one piece can't be given more on the way.
 		ctx, cancel := context.WithTimeout(b.changes, topUpWait)
 		defer cancel()
@@ -113,7 +118,9 @@ func (r *Reply) admit(agent schemas.AgentID) error {
 	}
 	r.mu.Lock()
 	r.limited(limit)
+	inbox, v := r.letGo(time.Now())
 	r.mu.Unlock()
+	d.answer(inbox, v)
 	return nil
 }
 
@@ -291,7 +298,7 @@ func (r *Reply) charge() (prompt *int64, completion int64, outcome books.Outcome
 	}
 	completion = int64(max(r.usage.CompletionTokens, r.tokens))
 	switch {
-	case !b.begun && r.timing.Claimed.IsZero():
+	case !b.let, !b.begun && r.timing.Claimed.IsZero():
 		outcome = books.OutcomeVoid
 	case r.err == nil && r.done:
 		outcome = books.OutcomeDone

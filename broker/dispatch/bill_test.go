@@ -359,7 +359,7 @@ func TestFailoverIsNoted(t *testing.T) {
 func TestLeaseThatLapsed(t *testing.T) {
 	t.Parallel()
 	for _, unread := range []bool{false, true} {
-		h := newHouseWith(t, 10, nil, quota.Config{Lease: 400 * time.Millisecond})
+		h := newHouseWith(t, 10, nil, quota.Config{Lease: 2 * time.Second})
 		a := h.agent(agentA)
 		reply := h.start(request())
 		d := a.pull()

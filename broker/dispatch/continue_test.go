@@ -426,7 +426,7 @@ func TestContinueBesideALargeBody(t *testing.T) {
 // doesn't owe it while it is queued.
 func TestContinuationsHaveTheirTime(t *testing.T) {
 	t.Parallel()
-	h := newHouse(t, 10, func(c *dispatch.Config) { c.Idle, c.FirstToken = 200*time.Millisecond, time.Second })
+	h := newHouse(t, 10, func(c *dispatch.Config) { c.Idle, c.FirstToken = time.Second, 1500*time.Millisecond })
 	a, b := h.agent(agentA), h.agent(agentB)
 	reply := h.start(continuable())
 	d := a.pull()
@@ -434,12 +434,12 @@ func TestContinuationsHaveTheirTime(t *testing.T) {
 	d.say(1, delta(role), word("Once"))
 	a.lost()
 	ended := reading(reply)
-	time.Sleep(500 * time.Millisecond)
+	time.Sleep(2 * time.Second)
 	d = b.pull()
 	claimed := time.Now()
 	d.claim()
 	got := <-ended
-	if took := time.Since(claimed); got.err == nil || !strings.Contains(got.err.Message, "first token") || took < time.Second {
+	if took := time.Since(claimed); got.err == nil || !strings.Contains(got.err.Message, "first token") || took < 1500*time.Millisecond {
 		t.Errorf("after %s the reply ended with %v", took, got.err)
 	}
 }

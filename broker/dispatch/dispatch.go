@@ -339,11 +339,19 @@ func (r *Reply) attempt(exclude map[schemas.AgentID]bool) error {
 			exclude = with(exclude, choice.Agent)
 			continue
 		}
-		if err := r.assign(choice.Agent); err != nil {
-			d.agents.Release(r.req.Tenant, choice.Agent, r.req.Model)
-			return err
+		outlook, ahead := r.outlook(choice)
+		if ahead {
+			var refused error
+			if refused, err = r.ahead(choice, ends, outlook); refused != nil {
+				return refused
+			}
+		} else {
+			if err := r.assign(choice.Agent); err != nil {
+				d.agents.Release(r.req.Tenant, choice.Agent, r.req.Model)
+				return err
+			}
+			err = r.publish(choice, ends, nil)
 		}
-		err = r.publish(choice, ends)
 		switch {
 		case err == nil:
 			return nil
@@ -373,8 +381,9 @@ func with(set map[schemas.AgentID]bool, one schemas.AgentID) map[schemas.AgentID
 var errChooseAgain = errors.New("an agent has gone meanwhile")
 
 // publish puts the next attempt into the queue of the agent that was chosen. ends is
-// what endsSoFar said before the choice.
-func (r *Reply) publish(choice presence.Choice, ends uint64) error {
+// what endsSoFar said before the choice. outlook is what is expected of the books, if they
+// are still being asked.
+func (r *Reply) publish(choice presence.Choice, ends uint64, outlook *quota.Outlook) error {
 	d := r.d
 	now := time.Now()
 	nonce := schemas.NewNonce()
@@ -385,16 +394,13 @@ func (r *Reply) publish(choice presence.Choice, ends uint64) error {
 	}
 	a.series.Queued(r.ctx)
 	job := schemas.Job{
-		Version: schemas.ProtocolVersion, Request: r.req.ID, Attempt: r.attempts + 1,
+		Version: choice.Protocol, Request: r.req.ID, Attempt: r.attempts + 1,
 		Nonce: a.nonce, Owner: d.owner, Tenant: r.req.Tenant, Key: r.req.Key,
 		Operation: r.req.Operation, Model: r.req.Model,
 		Deadline: r.req.Received.Add(d.cfg.Total).UnixMilli(), ColdWait: d.cfg.ColdWait.Milliseconds(),
 		Stream: r.req.Stream, IncludeUsage: r.req.IncludeUsage,
 		Completion: r.req.ID.CompletionID(), Created: r.req.Received.Unix(), ReplyModel: r.req.Model,
 		Continue: r.from,
-	}
-	if g := &r.bill.grant; g.Rate.HasBudget {
-		job.Count, job.CountLate = g.Scarce, !g.Scarce
 	}
 	if r.req.LoadWait != nil {
 		job.ColdWait = r.req.LoadWait.Milliseconds()
@@ -406,7 +412,14 @@ func (r *Reply) publish(choice presence.Choice, ends uint64) error {
 	r.attempts++
 	r.mu.Lock()
 	r.cur, r.lost = a, false
-	job.Limit, job.More = r.bill.limit, r.bill.more
+	if a.held = outlook != nil && !r.bill.let; a.held {
+		job.Hold, job.CountLate = true, outlook.Budget
+	} else {
+		job.Limit, job.More = r.bill.limit, r.bill.more
+		if g := &r.bill.grant; g.Rate.HasBudget {
+			job.Count, job.CountLate = g.Scarce, !g.Scarce
+		}
+	}
 	r.mu.Unlock()
 	// Known before it is published: the claim can be faster than JetStream's answer.
 	d.mu.Lock()

@@ -27,7 +27,7 @@ const (
 	model  = "qwen/qwen2.5:32b"
 
 	// patience is how long a test waits for what has to come.
-	patience = 10 * time.Second
+	patience = 30 * time.Second
 )
 
 // house is a dispatcher with all that it needs, and agents that a test plays by hand.
@@ -215,6 +215,6 @@ func (h *house) settled(agents ...schemas.AgentID) {
 func heartbeat(i schemas.Incarnation, s schemas.AgentState) *schemas.Heartbeat {
 	inventory := schemas.Inventory{Models: []schemas.Model{{ID: model, State: schemas.ModelReady, Backend: "demo", Slots: 4, Continues: true}}}
 	return &schemas.Heartbeat{
-		Version: schemas.ProtocolVersion, Incarnation: i, State: s, Hash: inventory.Hash(), Inventory: &inventory, Slots: 4,
+		Version: schemas.ProtocolVersion, Incarnation: i, State: s, Hash: inventory.Hash(), Inventory: &inventory, Slots: 4, Holds: true,
 	}
 }

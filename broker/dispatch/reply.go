@@ -55,8 +55,11 @@ type attempt struct {
 	series      *metric.Series
 
 	// Guarded by Reply.mu.
-	run     string // the run whose claim was granted, or empty
-	claimed time.Time
+	held    bool      // its claim isn't answered before the request is admitted
+	waiting string    // where the answer to a claim that is held goes; empty: there is none
+	ahead   uint64    // the highest number of the frames of a run that is held
+	run     string    // the run whose claim was granted or is held, or empty
+	claimed time.Time // when it was granted
 	loading bool
 	over    bool // the last frame was taken; the worker acknowledges the job
 	began   bool // something of the reply has come
@@ -214,7 +217,7 @@ func (r *Reply) retire(a *attempt) (delivered, ended bool) {
 	r.mu.Lock()
 	r.cur, r.lost = nil, false
 	delivered, ended = r.delivered, r.ended
-	claimed := a.run != ""
+	claimed := !a.claimed.IsZero()
 	r.mu.Unlock()
 	r.d.agents.Release(r.req.Tenant, a.agent, r.req.Model)
 	if !claimed {
@@ -243,8 +246,9 @@ func (r *Reply) remove(a *attempt) {
 
 // take checks a frame against the current attempt and takes it in. It returns the
 // verdict, or false for a frame that isn't answered: one that came before its claim,
-// which got lost and will be sent again, or one that comes after the last one, which is
-// answered when the books have it. inbox is where an answer goes.
+// which got lost and will be sent again, one that comes before the request is admitted, or
+// one that comes after the last one, which is answered when the books have it. inbox is where
+// an answer goes.
 func (r *Reply) take(subject, inbox string, f *schemas.Frame, now time.Time) (schemas.Verdict, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -261,14 +265,20 @@ func (r *Reply) take(subject, inbox string, f *schemas.Frame, now time.Time) (sc
 		v.Reason = schemas.ReasonCancelled
 		return v, true
 	case a.run == "" && f.Kind == schemas.FrameClaim:
-		a.run, a.claimed, a.loading = f.Run, now, f.Loading
-		r.heard, r.timing.Claimed = now, now
-		a.series.Dequeued(r.ctx, now.Sub(a.published))
+		a.run, a.loading = f.Run, f.Loading
+		if a.held {
+			a.hold(inbox, f)
+			return v, false
+		}
+		r.grant(a, now)
 	case a.run == "":
 		return v, false
 	case f.Run != a.run:
 		v.Reason = schemas.ReasonSuperseded
 		return v, true
+	case a.held:
+		a.hold(inbox, f)
+		return v, false
 	case f.Kind == schemas.FrameClaim || f.Kind == schemas.FrameProgress:
 		if a.loading && !f.Loading {
 			a.claimed = now // the first token is waited for from here
@@ -361,7 +371,7 @@ func (r *Reply) sweep(now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	a := r.cur
-	if a == nil || r.ended {
+	if a == nil || r.ended || a.held {
 		return
 	}
 	r.noteDue(a, now)

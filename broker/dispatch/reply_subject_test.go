@@ -16,8 +16,12 @@ func TestForgedReplySubject(t *testing.T) {
 	req.Body = `{"model":"` + string(make([]byte, schemas.MaxInlineBody)) + `"}`
 	reply := h.start(req)
 	d := a.pull()
-	everything, err := h.server.Connect("eavesdropper").SubscribeSync("forged.>")
+	eavesdropper := h.server.Connect("eavesdropper")
+	everything, err := eavesdropper.SubscribeSync("forged.>")
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := eavesdropper.Flush(); err != nil {
 		t.Fatal(err)
 	}
 	claim := d.encode(schemas.Frame{Kind: schemas.FrameClaim})
@@ -45,6 +49,9 @@ func TestForgedReplySubject(t *testing.T) {
 	}
 	// What follows on the same connection is looked at after all that.
 	d.want(schemas.Frame{Kind: schemas.FrameClaim}, schemas.Verdict{Go: true, Next: 1})
+	if err := eavesdropper.Flush(); err != nil {
+		t.Fatal(err)
+	}
 	if n, _, _ := everything.Pending(); n != 0 {
 		t.Errorf("%d answers went to a forged subject", n)
 	}

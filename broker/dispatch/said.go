@@ -18,6 +18,9 @@ type said struct {
 	ended bool // a finish_reason came
 	// more says that it was more than text, or too much of it: it can't be continued.
 	more bool
+	// before and after are what surrounded the text in the last line that had one. Nearly every
+	// line is like the one before it, and needn't be walked over again.
+	before, after []byte
 }
 
 // take reads the lines of a frame.
@@ -28,12 +31,35 @@ func (s *said) take(lines []byte) {
 		s.line(line)
 	}
 	if s.more {
-		s.text = nil
+		s.text, s.before, s.after = nil, nil, nil
 	}
+}
+
+// again reads a chunk that is like the last one, with another text that has no escapes, and
+// reports whether it is.
+func (s *said) again(b []byte) bool {
+	end := len(b) - len(s.after)
+	if len(s.before) == 0 || end < len(s.before) || !bytes.HasPrefix(b, s.before) || !bytes.HasSuffix(b, s.after) {
+		return false
+	}
+	raw := b[len(s.before):end]
+	for _, c := range raw {
+		if c < ' ' || c == '"' || c == '\\' {
+			return false
+		}
+	}
+	if len(s.text)+len(raw) > schemas.MaxContinued || !utf8.Valid(raw) {
+		return false
+	}
+	s.text = append(s.text, raw...)
+	return true
 }
 
 // line reads one chunk.
 func (s *said) line(b []byte) {
+	if s.again(b) {
+		return
+	}
 	w := walk{b: b}
 	w.want('{')
 	seen := false
@@ -47,6 +73,8 @@ func (s *said) line(b []byte) {
 	}
 	if w.bad || w.peek() != 0 || w.i < len(b) {
 		s.more = true
+	} else if w.end > 0 {
+		s.before, s.after = append(s.before[:0], b[:w.start]...), append(s.after[:0], b[w.end:]...)
 	}
 }
 
@@ -116,6 +144,7 @@ func (s *said) delta(w *walk) {
 // content takes in a piece of the text.
 func (s *said) content(w *walk) {
 	raw := w.str()
+	w.start, w.end = w.i-1-len(raw), w.i-1
 	if w.bad || len(s.text)+len(raw) > schemas.MaxContinued {
 		w.bad = true
 		return
@@ -196,6 +225,8 @@ type walk struct {
 	b   []byte
 	i   int
 	bad bool
+	// start and end are where the text is; end is 0 without one.
+	start, end int
 }
 
 // deepest bounds the nesting of what is walked over.

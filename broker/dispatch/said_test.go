@@ -141,6 +141,30 @@ func FuzzSaid(f *testing.F) {
 	})
 }
 
+// FuzzSaidAgain shows that a line says the same whether it is known by its likeness to the last
+// one or walked over.
+func FuzzSaidAgain(f *testing.F) {
+	like := func(text string) string {
+		return chunkOf(`{"index":0,"delta":{"content":"` + text + `"},"finish_reason":null}`)
+	}
+	f.Add([]byte(like("a") + like("é") + like("") + like(`\n`) + like("b") + like("\xff")))
+	f.Add([]byte(like("a") + like(`x","content":"y`) + like("a")))
+	f.Add([]byte(like("a") + like(`a"}]}`) + like("\x01")))
+	f.Add([]byte(like("a") + chunkOf(`{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}`) + like("c")))
+	f.Add([]byte(`{"choices":[{"delta":{"content":"` + "\n"))
+	f.Fuzz(func(t *testing.T, lines []byte) {
+		var fast, slow said
+		for line := range strings.Lines(string(lines)) {
+			slow.before = nil
+			slow.take([]byte(line))
+			fast.take([]byte(line))
+			if string(fast.text) != string(slow.text) || fast.ended != slow.ended || fast.more != slow.more {
+				t.Fatalf("%q: got %q, %v, %v, want %q, %v, %v", line, fast.text, fast.ended, fast.more, slow.text, slow.ended, slow.more)
+			}
+		}
+	})
+}
+
 func BenchmarkSaid(b *testing.B) {
 	line := []byte(chunkOf(`{"index":0,"delta":{"content":" token"},"finish_reason":null}`))
 	s := said{text: make([]byte, 0, schemas.MaxContinued)}

@@ -33,6 +33,7 @@ type call struct {
 	header    nats.Header
 	body      []byte
 	received  time.Time
+	identity  books.Identity // once it is known
 	// reply and reconnects, how often the connection was lost before, are set before the call
 	// is among those that run.
 	reply      *dispatch.Reply
@@ -148,7 +149,7 @@ func (in *Ingress) serve(c *call) {
 	if err != nil {
 		known := schemas.AsError(err)
 		if code == schemas.CodeInternalError {
-			in.Log.ErrorContext(ctx, "request failed", "request", c.id, "error", err)
+			in.Log.ErrorContext(ctx, "request failed", "request", c.id, "tenant", c.identity.Tenant, "key", c.identity.Key, "error", err)
 		}
 		c.finish(known)
 	}
@@ -172,7 +173,8 @@ func outcome(err error) schemas.Code {
 func (in *Ingress) answer(ctx context.Context, span oteltrace.Span, c *call) (err error) {
 	defer func() {
 		if what := recover(); what != nil {
-			in.Log.ErrorContext(ctx, "panic", "request", c.id, "error", what, "stack", string(debug.Stack()))
+			in.Log.ErrorContext(ctx, "panic", "request", c.id, "tenant", c.identity.Tenant, "key", c.identity.Key,
+				"error", what, "stack", string(debug.Stack()))
 			err = errors.New("panic")
 		}
 	}()
@@ -183,6 +185,7 @@ func (in *Ingress) answer(ctx context.Context, span oteltrace.Span, c *call) (er
 	if err != nil {
 		return err
 	}
+	c.identity = id
 	if span.IsRecording() {
 		span.SetAttributes(trace.AttrRequest.String(string(c.id)), trace.AttrTenant.String(string(id.Tenant)), trace.AttrKey.String(string(id.Key)))
 	}

@@ -35,7 +35,7 @@ const (
 	model  = "qwen/qwen2.5:32b"
 	key    = schemas.KeyID("key_1")
 
-	patience = 10 * time.Second
+	patience = 30 * time.Second
 )
 
 var secret, otherSecret = apikey.New(), apikey.New()

@@ -88,6 +88,8 @@ type Ingress struct {
 	// open ends when the door is shut: who waits for something to happen doesn't any more.
 	open context.Context //nolint:containedctx // the life of the door
 	shut context.CancelFunc
+	// opened is closed once publishers reach the door.
+	opened chan struct{}
 
 	mu       sync.Mutex
 	closed   bool
@@ -155,6 +157,7 @@ func New(cfg Config, parts Parts) *Ingress {
 	}
 	in := &Ingress{
 		Parts: parts, cfg: cfg, noisy: rate.Sometimes{Interval: dropEvery},
+		opened:  make(chan struct{}),
 		running: make(map[schemas.RequestID]*call), entering: make(map[schemas.KeyID]int), tallies: make(map[string]*tally),
 	}
 	in.open, in.shut = context.WithCancel(context.Background())
@@ -163,6 +166,9 @@ func New(cfg Config, parts Parts) *Ingress {
 	}
 	return in
 }
+
+// Opened is closed once publishers reach the ingress, by which time it runs.
+func (in *Ingress) Opened() <-chan struct{} { return in.opened }
 
 // Run answers publishers until ctx ends, then drains: it takes no new requests, lets running
 // replies finish within cfg.Drain, ends the others with an error that says so, and returns.
@@ -192,6 +198,8 @@ func (in *Ingress) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	_ = in.Conn.FlushTimeout(flushWait) // else it hears of it once the connection is back
+	close(in.opened)
 	<-ctx.Done()
 	in.close(service, other)
 	in.drain(ctx)

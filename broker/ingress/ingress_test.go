@@ -145,7 +145,7 @@ func TestForeignReplySubjects(t *testing.T) {
 	if err := spy.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	before := h.logged("request of a publisher can't be answered")
+	before, began := h.logged("request of a publisher can't be answered"), time.Now()
 	for _, operation := range []string{"chat", "models", "nonsense"} {
 		for _, to := range []string{"", "_INBOX_key_2.x", schemas.InSubject(key, "models"), schemas.PeerCancelSubject(key, "req_1"), "_INBOX_" + string(key)} {
 			if err := h.pub.PublishMsg(&nats.Msg{Subject: schemas.InSubject(key, operation), Reply: to, Data: []byte(body(true))}); err != nil {
@@ -167,8 +167,8 @@ func TestForeignReplySubjects(t *testing.T) {
 		m, err := spied.NextMsg(patience)
 		t.Errorf("%q got %s, %v", m.Subject, m.Data, err)
 	}
-	if n := h.logged("request of a publisher can't be answered") - before; n == 0 || n > 3 {
-		t.Errorf("%d lines in the log for 15 messages", n) // at most one each second
+	if n := h.logged("request of a publisher can't be answered") - before; n == 0 || n > 2+int(time.Since(began)/time.Second) { // at most one each second
+		t.Errorf("%d lines in the log for 15 messages in %s", n, time.Since(began))
 	}
 }
 
@@ -223,7 +223,7 @@ func TestPublisherIsGone(t *testing.T) {
 			t.Fatal(err)
 		}
 		run.stopped()
-		if took := time.Since(at); took > 3*time.Second {
+		if took := time.Since(at); took > 5*time.Second {
 			t.Errorf("stream %v: stopped after %s", stream, took)
 		}
 		if s := h.books.Charged(t, r.id); s.Completion != 1 {
@@ -254,7 +254,7 @@ func TestPublisherThatNeverWaits(t *testing.T) {
 
 // One that has answered once has to go on, and one that never has needn't.
 func TestSilence(t *testing.T) {
-	h := build(t, plan{ingress: ingress.Config{Beat: 20 * time.Millisecond, Silence: 300 * time.Millisecond}})
+	h := build(t, plan{ingress: ingress.Config{Beat: 20 * time.Millisecond, Silence: 1500 * time.Millisecond}})
 	mute := h.ask("chat", body(true), nil)
 	muteRun := h.pull()
 	talker := h.ask("chat", body(true), nil)
@@ -264,7 +264,7 @@ func TestSilence(t *testing.T) {
 		t.Fatal(err)
 	}
 	at := time.Now()
-	for time.Since(at) < time.Second { // longer than it may be silent
+	for time.Since(at) < 4*time.Second { // longer than it may be silent
 		if a, m := talker.next(); a.Kind == schemas.FrameProgress {
 			if err := m.Respond(nil); err != nil {
 				t.Fatal(err)

@@ -141,8 +141,8 @@ func TestRemovalWithinASecond(t *testing.T) {
 				t.Logf("out after %v", time.Since(start))
 				break
 			}
-			if time.Since(start) > time.Second {
-				t.Fatal("still in after a second")
+			if took := time.Since(start); took > time.Second+slack {
+				t.Fatalf("still in after %s", took)
 			}
 			time.Sleep(5 * time.Millisecond) // there is no signal: this is what an agent sees
 		}

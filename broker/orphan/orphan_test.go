@@ -25,8 +25,10 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 
 const (
 	// patience is how long a test waits for what has to come.
-	patience = 20 * time.Second
-	model    = "m"
+	patience = time.Minute
+	// slack is what busy cores may add to a promised time.
+	slack = 3 * time.Second
+	model = "m"
 	// perToken is the price of a token, in micro-cents.
 	perToken = 1000
 )
@@ -160,6 +162,22 @@ func (h *house) reportAs(tenant schemas.TenantID, agent schemas.AgentID, id sche
 	}))
 }
 
+// reportAgain reports until it is stored, as a worker does.
+func (h *house) reportAgain(id schemas.RequestID, usage schemas.Usage) {
+	h.t.Helper()
+	for deadline := time.Now().Add(patience); ; {
+		err := bus.ReportUsage(h.t.Context(), h.nc, h.tenant, h.agent, &schemas.UsageReport{
+			Version: schemas.ProtocolVersion, Request: id, Attempt: 1, Usage: usage,
+		})
+		if err == nil {
+			return
+		}
+		if !bus.Down(err) || time.Now().After(deadline) {
+			h.t.Fatal(err)
+		}
+	}
+}
+
 // account is what the key has spent and holds, in tokens.
 func (h *house) account() (spent, reserved int64) {
 	h.t.Helper()
@@ -217,7 +235,7 @@ func TestReport(t *testing.T) {
 	h.die(lease)
 	died := time.Now()
 	h.wantAccount(60+40+100+7, 0)
-	if took := time.Since(died); took > 3*time.Second {
+	if took := time.Since(died); took > 2*time.Second+slack {
 		t.Errorf("that took %s", took)
 	}
 	h.wantLeft(0)
@@ -268,17 +286,7 @@ func TestReportThatIsRepeated(t *testing.T) {
 		t.Errorf("the report is stored %d times", n)
 	}
 	h.nats.Restart(nil)
-	for deadline := time.Now().Add(patience); ; {
-		err := bus.ReportUsage(t.Context(), h.nc, h.tenant, h.agent, &schemas.UsageReport{
-			Version: schemas.ProtocolVersion, Request: id, Attempt: 1, Usage: schemas.Usage{PromptTokens: 60, CompletionTokens: 40},
-		})
-		if err == nil {
-			break
-		}
-		if !bus.Down(err) || time.Now().After(deadline) {
-			t.Fatal(err)
-		}
-	}
+	h.reportAgain(id, schemas.Usage{PromptTokens: 60, CompletionTokens: 40})
 	if n := h.left(); n != 1 {
 		t.Errorf("the report is stored %d times after a restart", n)
 	}
@@ -303,13 +311,8 @@ func TestTwoBrokers(t *testing.T) {
 	}
 	h.nats.Restart(nil)
 	h.die(lease)
-	for deadline := time.Now().Add(patience); !h.nc.IsConnected(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the bus doesn't come back")
-		}
-	}
 	for _, id := range ids[n/2:] {
-		h.report(id, schemas.Usage{PromptTokens: 60, CompletionTokens: 40})
+		h.reportAgain(id, schemas.Usage{PromptTokens: 60, CompletionTokens: 40})
 	}
 	h.wantAccount(n*100, 0)
 	h.wantLeft(0)
@@ -386,7 +389,7 @@ func TestExpire(t *testing.T) {
 	h := newHouse(t)
 	s := h.run(h.url)
 	// The clock of the books isn't asked at the very moment at which an agent acts.
-	apart := func() { time.Sleep(50 * time.Millisecond) }
+	apart := func() { time.Sleep(time.Second) }
 	agents := make([]schemas.AgentID, len(cases))
 	as := func(i int, acts []act) {
 		h.agent = agents[i]
@@ -420,10 +423,19 @@ func TestExpire(t *testing.T) {
 			t.Fatal("nothing is expired")
 		}
 	}
-	if took := time.Since(died); took < 1500*time.Millisecond || took > 4*time.Second {
+	if took := time.Since(died); took < 1500*time.Millisecond || took > 3*time.Second+slack {
 		t.Errorf("the first was expired after %s", took)
 	}
-	time.Sleep(2 * time.Second)
+	living := 0
+	for _, c := range cases {
+		if !c.expired {
+			living++
+		}
+	}
+	for len(h.open(ids)) > living && time.Since(died) < patience {
+		time.Sleep(5 * time.Millisecond)
+	}
+	time.Sleep(2 * time.Second) // that no other goes has no signal
 	still := h.open(ids)
 	open := int64(len(still))
 	for i, c := range cases {
@@ -454,7 +466,7 @@ func TestTableThatCannotBeBelieved(t *testing.T) {
 	s.ready.Store(true)
 	ready := time.Now()
 	h.wantAccount(100, 0)
-	if took := time.Since(ready); took < 1500*time.Millisecond || took > 4*time.Second {
+	if took := time.Since(ready); took < 1500*time.Millisecond || took > 3*time.Second+slack {
 		t.Errorf("expired after %s", took)
 	}
 }

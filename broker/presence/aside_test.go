@@ -19,12 +19,12 @@ func TestFeedAside(t *testing.T) {
 		return schemas.AsError(err).Code
 	}
 	for _, r := range rigs {
-		until(t, "model is known", 3*time.Second+busy, func() bool { return r.has("m") })
+		until(t, "model is known", patience, func() bool { return r.has("m") })
 	}
 	w.silence()
 	w.nc.Close()
 	for _, r := range rigs {
-		until(t, "agent is gone", 3*time.Second+busy, func() bool { return r.isGone(w.inc) })
+		until(t, "agent is gone", patience, func() bool { return r.isGone(w.inc) })
 		if got := code(r); got != schemas.CodeAgentOffline {
 			t.Errorf("nobody has heard of it, and the code is %s", got)
 		}
@@ -36,7 +36,7 @@ func TestFeedAside(t *testing.T) {
 	}
 	heard := time.Now()
 	for _, r := range rigs {
-		until(t, "every edge to know", time.Second, func() bool { return code(r) == schemas.CodeTunnelDown })
+		until(t, "every edge to know", patience, func() bool { return code(r) == schemas.CodeTunnelDown })
 		if e := r.table.Away(tenant, ""); e.Code != schemas.CodeTunnelDown {
 			t.Errorf("of all models the code is %s", e.Code)
 		}

@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -21,7 +23,7 @@ func (r *rig) watch() {
 			r.t.Errorf("watch ended: %v", err)
 		}
 	})
-	until(r.t, "the feed hears of connections", 2*time.Second+busy, func() bool { return system.NumSubscriptions() > 0 })
+	until(r.t, "the feed hears of connections", patience, func() bool { return system.NumSubscriptions() > 0 })
 	if err := system.Flush(); err != nil {
 		r.t.Fatal(err)
 	}
@@ -35,7 +37,7 @@ func TestClosedConnectionTells(t *testing.T) {
 	w.stop()
 	closed := time.Now()
 	w.nc.Close()
-	until(t, "the agent is gone", 2*time.Second+busy, func() bool { return r.isGone(w.inc) })
+	until(t, "the agent is gone", patience, func() bool { return r.isGone(w.inc) })
 	at, _ := r.goneAt(w.inc)
 	if took := at.Sub(closed); took > suspectAfter-200*time.Millisecond+busy {
 		t.Errorf("that took %s", took)
@@ -51,14 +53,33 @@ func TestReconnectIsNoEnd(t *testing.T) {
 	r := newRig(t)
 	r.watch()
 	w := r.join("a", "m=ready")
-	for range 3 {
+	for swift, deadline := 0, time.Now().Add(patience); swift < 3; {
+		back := w.nc.StatusChanged(nats.CONNECTED)
+		left := time.Now()
 		if err := w.nc.ForceReconnect(); err != nil {
 			t.Fatal(err)
 		}
-		throughout(t, "the agent is here", returnWait+returnAgain/2, func() bool { return !r.isGone(w.inc) })
+		select {
+		case <-back:
+		case <-time.After(patience):
+			t.Fatal("the worker doesn't come back")
+		}
+		away := time.Since(left)
+		w.nc.RemoveStatusListener(back)
+		time.Sleep(time.Until(left.Add(returnWait + returnAgain/2))) // that nothing happens has no signal
+		switch gone := r.isGone(w.inc); {
+		case away < returnWait:
+			if swift++; gone {
+				t.Fatalf("the agent counted as gone, and was away for %s", away)
+			}
+		case time.Now().After(deadline):
+			t.Fatalf("the worker takes %s to come back", away)
+		case gone: // rightly so
+			w = r.join("a", "m=ready")
+		}
 	}
 	next := r.join("a", "m=ready")
-	until(t, "the new run is here", 2*time.Second+busy, func() bool { return r.isGone(w.inc) })
+	until(t, "the new run is here", patience, func() bool { return r.isGone(w.inc) })
 	w.stop()
 	w.nc.Close()
 	throughout(t, "the new run is here", returnWait+closedAsk, func() bool { return !r.isGone(next.inc) && r.state("a") == schemas.AgentUp })

@@ -298,7 +298,7 @@ func (m *machine) Route(t *rapid.T) {
 				cmp.Compare(slices.Index(rank, a.model(model).State), slices.Index(rank, b.model(model).State)),
 				fuller(a, b), cmp.Compare(a.id, b.id))
 		})
-		want := Choice{best.id, best.run, *best.model(model)}
+		want := Choice{Agent: best.id, Incarnation: best.run, Model: *best.model(model), Protocol: schemas.ProtocolVersion}
 		if diff := gocmp.Diff(want, got); err != nil || diff != "" {
 			t.Fatalf("choice: %v (-want +got):\n%s", err, diff)
 		}

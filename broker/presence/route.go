@@ -13,6 +13,11 @@ type Choice struct {
 	Agent       schemas.AgentID
 	Incarnation schemas.Incarnation
 	Model       schemas.Model
+	// Protocol is the version of the bus protocol to speak with the agent: the newest that it
+	// and this build know.
+	Protocol int
+	// Holds says that the agent heeds Job.Hold.
+	Holds bool
 }
 
 // Route picks the agent for a model: of those that are here and can run it, the ones
@@ -37,7 +42,7 @@ func (t *Table) Route(tenant schemas.TenantID, model string, exclude map[schemas
 		p.agent.assigned[model]++
 		p.agent.underWay++
 		t.moved(p.agent)
-		return Choice{p.agent.id, p.agent.incarnation, *p.model}, nil
+		return Choice{p.agent.id, p.agent.incarnation, *p.model, min(p.agent.protocol, schemas.ProtocolVersion), p.agent.holds}, nil
 	}
 	var failed *schemas.Model
 	draining, aside := false, false

@@ -43,6 +43,7 @@ type agent struct {
 	incarnation schemas.Incarnation
 	state       schemas.AgentState // "" while the agent is away
 	bye         bool               // the incarnation has said its last word
+	protocol    int                // the newest that the incarnation speaks
 	lastSeen    time.Time
 	aside       time.Time // when it was last heard of over HTTPS; zero: not lately
 	hash        string
@@ -52,6 +53,7 @@ type agent struct {
 	running     int
 	waiting     int
 	slots       int
+	holds       bool           // it heeds Job.Hold
 	assigned    map[string]int // attempts that this process has under way, by model
 	underWay    int            // their sum
 }
@@ -149,7 +151,8 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 	}
 	a.incarnation, a.lastSeen, a.bye = hb.Incarnation, now, hb.State == schemas.AgentBye
 	a.aside = time.Time{}
-	a.running, a.waiting, a.slots = hb.Running, hb.Waiting, hb.Slots
+	a.protocol = hb.Version
+	a.running, a.waiting, a.slots, a.holds = hb.Running, hb.Waiting, hb.Slots, hb.Holds
 	switch hb.State {
 	case schemas.AgentBye:
 		if before != "" {

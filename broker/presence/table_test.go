@@ -550,3 +550,21 @@ func TestSuspects(t *testing.T) {
 		t.Errorf("suspects %+v", got)
 	}
 }
+
+// TestRouteTellsTheProtocol: what is written to a worker is of the newest version that it and
+// this build know, whichever of them is older.
+func TestRouteTellsTheProtocol(t *testing.T) {
+	for version, want := range map[int]int{
+		schemas.ProtocolVersion - 1: schemas.ProtocolVersion - 1,
+		schemas.ProtocolVersion:     schemas.ProtocolVersion,
+		schemas.ProtocolVersion + 1: schemas.ProtocolVersion,
+	} {
+		table := NewTable()
+		do(table, up("a", "m=ready"), func(t *Table) {
+			t.Observe(tenant, "a", &schemas.Heartbeat{Version: version, Incarnation: "inc_2", State: schemas.AgentUp, Hash: "m=ready"}, t0)
+		})
+		if got, err := table.Route(tenant, "m", nil); err != nil || got.Protocol != want {
+			t.Errorf("a worker speaks version %d, and is written to in %d, want %d: %v", version, got.Protocol, want, err)
+		}
+	}
+}

@@ -46,19 +46,21 @@ func (g *Grant) Lapsed() <-chan struct{} { return g.term.ended }
 
 // Gate admits and settles requests. It is safe for concurrent use.
 type Gate struct {
-	cfg    Config
-	books  Books
-	log    *slog.Logger
-	seed   maphash.Seed
-	shards []*shard
-	lease  *lease
-	rates  rates
+	cfg       Config
+	books     Books
+	log       *slog.Logger
+	seed      maphash.Seed
+	shards    []*shard
+	lease     *lease
+	rates     rates
+	prospects prospects
 }
 
 // New returns a gate. It lets nobody in before it runs.
 func New(b Books, cfg Config, log *slog.Logger) *Gate {
 	cfg = cfg.withDefaults()
-	g := &Gate{cfg: cfg, books: b, log: log, seed: maphash.MakeSeed(), lease: newLease(b, cfg, log), rates: rates{told: make(map[rateKey]toldRate)}}
+	g := &Gate{cfg: cfg, books: b, log: log, seed: maphash.MakeSeed(), lease: newLease(b, cfg, log), rates: rates{told: make(map[rateKey]toldRate)},
+		prospects: prospects{all: make(map[rateKey]*prospect)}}
 	for range cfg.Shards {
 		g.shards = append(g.shards, newShard(g))
 	}
@@ -126,6 +128,7 @@ func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
 		if ctx.Err() == nil && bounded.Err() != nil {
 			err = errAway()
 		}
+		g.prospects.note(ask.Key, ask.Model, false, 0, false)
 		return Grant{}, err
 	}
 	d := &a.decision
@@ -133,6 +136,7 @@ func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
 		Slots: d.Slots, SlotsFree: d.SlotsFree, Budget: d.Budget, BudgetFree: d.BudgetFree, Price: d.Price,
 	})}
 	if err := refusal(d); err != nil {
+		g.prospects.note(ask.Key, ask.Model, false, 0, false)
 		return grant, err
 	}
 	grant.Request, grant.Key, grant.Limit, grant.Price = ask.Request, ask.Key, d.Limit, d.Price
@@ -143,6 +147,7 @@ func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
 			grant.Limit = books.MaxTokens // what is free needs no reserve
 		}
 	}
+	g.prospects.note(ask.Key, ask.Model, true, room(d), grant.Rate.HasBudget)
 	return grant, nil
 }
 

@@ -26,7 +26,7 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 const (
 	tenant   = schemas.TenantID("ten_1")
 	agent    = schemas.AgentID("agt_1")
-	patience = 10 * time.Second
+	patience = 30 * time.Second
 )
 
 // fake is a store that remembers, and fails when it is told to.

@@ -168,7 +168,7 @@ func (s *Scheduler) refused(ctx context.Context, c *books.Claim, reply *dispatch
 	var failure *schemas.Error
 	if !errors.As(err, &failure) {
 		failure = schemas.AsError(err)
-		s.Log.ErrorContext(ctx, "submission failed", "error", err)
+		s.Log.ErrorContext(ctx, "submission failed", "tenant", c.Tenant, "key", c.Key, "error", err)
 	}
 	v := judge(failure, reply != nil && !reply.Timing().Claimed.IsZero(), rate)
 	if ctx.Err() != nil && (reply == nil || failure == desk.ErrShuttingDown) {

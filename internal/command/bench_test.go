@@ -3,7 +3,6 @@ package command
 import (
 	"context"
 	"encoding/json"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -14,10 +13,22 @@ import (
 
 	"github.com/ownllm/ownllm/internal/adminapi"
 	"github.com/ownllm/ownllm/internal/load"
+	"github.com/ownllm/ownllm/internal/port"
 	"github.com/ownllm/ownllm/worker/demo"
 )
 
 const benchKey = "sk-ownllm-canarycanarycanarycan"
+
+// nowhere is the address of a server that nobody starts.
+func nowhere(t *testing.T) string {
+	t.Helper()
+	address, release, err := port.Reserve()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(release)
+	return "http://" + address
+}
 
 // demoAPI serves the demo model, which asks for a key.
 func demoAPI(t *testing.T, f demo.Faults) string {
@@ -36,12 +47,7 @@ func TestBench(t *testing.T) {
 	torn, refusing := demoAPI(t, cut), demoAPI(t, refuse)
 	notThere := httptest.NewServer(http.NotFoundHandler())
 	defer notThere.Close()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	nobody := "http://" + l.Addr().String()
-	l.Close()
+	nobody := nowhere(t)
 	key := map[string]string{"OWNLLM_KEY": benchKey}
 	for name, tc := range map[string]struct {
 		env  map[string]string

@@ -2,6 +2,7 @@ package command
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"time"
 
@@ -27,6 +28,7 @@ type brokerCommand struct {
 	SubmissionOptions
 	OpsOptions
 	LogOptions
+	ReportOptions
 }
 
 // QueueOptions shape the queue of jobs.
@@ -59,8 +61,10 @@ Examples:
     ownllm broker --nats-url nats://nats:4222`
 }
 
-// missing reports the secret that has no flag.
-func (c *brokerCommand) missing(env *Environment) error { return c.lacking(env) }
+// amiss reports what is wrong with the secrets, which have no flag.
+func (c *brokerCommand) amiss(env *Environment) error {
+	return errors.Join(c.lacking(env), c.wrong(env))
+}
 
 // Validate reports all problems of the flags at once.
 func (c *brokerCommand) Validate() error {
@@ -81,6 +85,11 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 	if err != nil {
 		return err
 	}
+	log, flush, err := c.reporting(env, "ownllm-broker", log)
+	if err != nil {
+		return err
+	}
+	defer flush()
 	natsConfig, err := c.BusOptions.config(env)
 	if err != nil {
 		return err
@@ -110,11 +119,11 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer line.close()
-	door, link, err := newIngress(own, natsConfig, tel, scheduler, ingress.Config{Drain: c.DrainTimeout}, log)
+	door, err := newIngress(own, natsConfig, tel, scheduler, ingress.Config{Drain: c.DrainTimeout}, log)
 	if err != nil {
 		return err
 	}
-	defer link.close()
+	defer door.close()
 	callout, err := access.NewCallout(office.system, identities{store}, natsConfig.Password, log)
 	if err != nil {
 		return err
@@ -126,7 +135,7 @@ func (c *brokerCommand) Run(ctx context.Context, env *Environment) error {
 	log.Info("broker is up", "operations", ops.Addr().String())
 	parts := append([]part{opsPart(ops, tel, nil), {"callout", callout.Run}}, office.parts...)
 	parts = append(parts, own.parts()...)
-	return runParts(ctx, append(parts, together(part{"submissions", scheduler.Run}, part{"ingress", door.Run}))...)
+	return ended(log, runParts(ctx, append(parts, together(part{"submissions", scheduler.Run}, part{"ingress", door.Run}))...))
 }
 
 // backOffice is what a broker does: it serves the workers, and settles what dead owners

@@ -119,8 +119,9 @@ type parser struct {
 	settings *settings
 }
 
-// needy is a command that can't run without secrets, which aren't flags.
-type needy interface{ missing(*Environment) error }
+// secretive is a command that takes secrets, which aren't flags, and tells what is wrong with
+// them.
+type secretive interface{ amiss(*Environment) error }
 
 // problems are all that is wrong, with the settings, the flags, and the secrets.
 func (p *parser) problems(command *kong.Context, err error) error {
@@ -132,8 +133,8 @@ func (p *parser) problems(command *kong.Context, err error) error {
 		all = append(all, err)
 	}
 	if command != nil && command.Error == nil && command.Selected() != nil {
-		if c, ok := command.Selected().Target.Addr().Interface().(needy); ok {
-			if err := c.missing(p.settings.env); err != nil {
+		if c, ok := command.Selected().Target.Addr().Interface().(secretive); ok {
+			if err := c.amiss(p.settings.env); err != nil {
 				all = append(all, err)
 			}
 		}

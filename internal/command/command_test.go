@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -318,12 +317,7 @@ func TestExitCodes(t *testing.T) {
 		"GET /api/v1/tenants":              schemas.Errorf(schemas.CodeKeyInvalid, "The admin token is wrong."),
 		"POST /api/v1/tenants/none/resume": schemas.Errorf(schemas.CodeNotFound, "There is no tenant none."),
 	})
-	closed, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	nobody := "http://" + closed.Addr().String()
-	closed.Close()
+	nobody := nowhere(t)
 	html := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "<html>") }))
 	defer html.Close()
 

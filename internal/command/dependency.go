@@ -17,6 +17,7 @@ import (
 	"github.com/ownllm/ownllm/broker/keyring"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/trace"
+	"github.com/ownllm/ownllm/internal/secret"
 	"github.com/ownllm/ownllm/internal/telemetry"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -143,8 +144,11 @@ func startTelemetry(ctx context.Context, service string, log *slog.Logger) (*tel
 	return &tele{t, m, trace.New(t.TracerProvider())}, nil
 }
 
-// flushWait bounds the export of what is left at the end.
-const flushWait = 3 * time.Second
+const (
+	// flushWait bounds the export of what is left at the end, and reportWait that of reports.
+	flushWait  = 3 * time.Second
+	reportWait = 2 * time.Second
+)
 
 func (t *tele) stop(log *slog.Logger) {
 	ctx, cancel := context.WithTimeout(context.Background(), flushWait)
@@ -152,4 +156,49 @@ func (t *tele) stop(log *slog.Logger) {
 	if err := t.Shutdown(ctx); err != nil {
 		log.Warn("telemetry not flushed", "error", err)
 	}
+}
+
+// ReportOptions say where errors are reported.
+type ReportOptions struct {
+	SentryDSNFile string `name:"sentry-dsn-file" placeholder:"FILE" help:"File with the DSN of Sentry, - for standard input; or give the DSN itself in $$SENTRY_DSN. Without one errors are only logged."`
+}
+
+// dsn is the address of Sentry, empty without one.
+func (o ReportOptions) dsn(env *Environment) (secret.String, error) {
+	dsn, err := env.secret("SENTRY_DSN", o.SentryDSNFile)
+	if err == nil && dsn != "" {
+		if err = telemetry.CheckDSN(dsn.Reveal()); err != nil {
+			err = usageError{fmt.Errorf("$SENTRY_DSN or --sentry-dsn-file: %w", err)}
+		}
+	}
+	return dsn, err
+}
+
+// wrong is what is wrong with the DSN, as far as that can be seen before the role starts.
+func (o ReportOptions) wrong(env *Environment) error {
+	if o.SentryDSNFile == "-" {
+		return nil // it can be read only once
+	}
+	_, err := o.dsn(env)
+	return err
+}
+
+// reporting returns a logger whose errors are reported, too, if there is where to, and how to
+// end that.
+func (o ReportOptions) reporting(env *Environment, role string, log *slog.Logger) (*slog.Logger, func(), error) {
+	dsn, err := o.dsn(env)
+	if err != nil || dsn == "" {
+		return log, func() {}, err
+	}
+	r, err := telemetry.StartReporter(telemetry.ReporterConfig{DSN: dsn.Reveal(), Role: role, Release: Version(), Log: log})
+	if err != nil {
+		return nil, nil, err
+	}
+	return r.Logger(log), func() {
+		ctx, cancel := context.WithTimeout(context.Background(), reportWait)
+		defer cancel()
+		if err := r.Close(ctx); err != nil {
+			log.Warn("errors not reported", "error", err)
+		}
+	}, nil
 }

@@ -2,6 +2,7 @@ package command
 
 import (
 	"context"
+	"errors"
 
 	"github.com/ownllm/ownllm/broker/books"
 )
@@ -19,6 +20,7 @@ type edgeCommand struct {
 	LimitOptions
 	AdminTokenFile string `placeholder:"FILE" help:"File with the admin token, - for standard input; or give the token itself in $$OWNLLM_ADMIN_TOKEN. Without one the admin API is closed."`
 	LogOptions
+	ReportOptions
 }
 
 // OpenOptions say what a request gets that states no limit itself.
@@ -58,8 +60,8 @@ Examples:
     ownllm edge --nats-url tls://nats:4222 --tls-cert cert.pem --tls-key key.pem --base-domain ownllm.example.com`
 }
 
-// missing reports the secret that has no flag.
-func (c *edgeCommand) missing(env *Environment) error { return c.lacking(env) }
+// amiss reports what is wrong with the secrets, which have no flag.
+func (c *edgeCommand) amiss(env *Environment) error { return errors.Join(c.lacking(env), c.wrong(env)) }
 
 // Validate reports all problems of the flags at once.
 func (c *edgeCommand) Validate() error {
@@ -81,6 +83,11 @@ func (c *edgeCommand) Run(ctx context.Context, env *Environment) error {
 	if err != nil {
 		return err
 	}
+	log, flush, err := c.reporting(env, "ownllm-edge", log)
+	if err != nil {
+		return err
+	}
+	defer flush()
 	token, err := env.secret("OWNLLM_ADMIN_TOKEN", c.AdminTokenFile)
 	if err != nil {
 		return err
@@ -112,5 +119,5 @@ func (c *edgeCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	log.Info("edge is up", "address", api.Addr().String(), "operations", ops.Addr().String())
-	return runParts(ctx, append(own.parts(), opsPart(ops, tel, door), serveHTTP(door, api))...)
+	return ended(log, runParts(ctx, append(own.parts(), opsPart(ops, tel, door), serveHTTP(door, api))...))
 }

@@ -10,7 +10,6 @@ import (
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/desk"
 	"github.com/ownllm/ownllm/broker/dispatch"
-	"github.com/ownllm/ownllm/broker/ingress"
 	"github.com/ownllm/ownllm/broker/keyring"
 	"github.com/ownllm/ownllm/broker/metric"
 	"github.com/ownllm/ownllm/broker/presence"
@@ -102,19 +101,6 @@ func (w *owner) parts() []part {
 		{"presence", w.feed.Run},
 		{"connections", func(ctx context.Context) error { return w.feed.WatchConnections(ctx, w.system) }},
 	}
-}
-
-// newIngress returns the NATS door of an owner, and the connection that it has for itself.
-func newIngress(w *owner, natsConfig bus.Config, tel *tele, submissions ingress.Submissions, cfg ingress.Config, log *slog.Logger) (*ingress.Ingress, conns, error) {
-	c, err := connect(log, natsConfig.As(bus.UserIngress, "ownllm-ingress"))
-	if err != nil {
-		return nil, nil, err
-	}
-	cfg.Version = Version()
-	return ingress.New(cfg, ingress.Parts{
-		Conn: c[0], Keys: w.keys, Desk: w.desk, Dispatcher: w.dispatcher, Submissions: submissions,
-		Metrics: tel.metrics, Tracer: tel.tracer, Log: log,
-	}), c, nil
 }
 
 // models are the ids that the agents of a tenant offer right now.

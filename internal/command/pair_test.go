@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -89,12 +88,7 @@ func TestPairingFails(t *testing.T) {
 	refusal := func(e *schemas.Error) *admin { return newAdmin(t, map[string]any{"POST /api/v1/agents/pair": e}) }
 	used := refusal(schemas.Errorf(schemas.CodeKeyInvalid, "The pairing key was already used.").WithParam("pairing_key"))
 	paired := refusal(schemas.Errorf(schemas.CodeInvalidValue, "This machine is already paired.").WithParam("machine_id_hash"))
-	closed, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	nobody := "http://" + closed.Addr().String()
-	closed.Close()
+	nobody := nowhere(t)
 	empty := filepath.Join(t.TempDir(), "key")
 	if err := os.WriteFile(empty, []byte("\n"), 0o600); err != nil {
 		t.Fatal(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 
 	"golang.org/x/sync/errgroup"
@@ -48,6 +49,14 @@ func runParts(ctx context.Context, parts ...part) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// ended logs why a role has ended, if that was by itself.
+func ended(log *slog.Logger, err error) error {
+	if err != nil {
+		log.Error("this process ends", "error", err)
+	}
+	return err
 }
 
 // together makes one part of several, which stop at the same time: doors that drain.

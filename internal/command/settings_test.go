@@ -82,7 +82,7 @@ ops-listen: [":1", ":2"]
 trusted-proxy: [10.0.0.0/8, moon]
 log-format: xml
 total-timeout: 1s
-`, map[string]string{"OWNLLM_BODY_LIMIT": "much", "OWNLLM_CONFIG": "FILE"}, "edge", "--open-tokens", "0")
+`, map[string]string{"OWNLLM_BODY_LIMIT": "much", "OWNLLM_CONFIG": "FILE", "SENTRY_DSN": "https://canary"}, "edge", "--open-tokens", "0")
 	if err == nil {
 		t.Fatal("there is no problem")
 	}
@@ -101,10 +101,14 @@ total-timeout: 1s
 		"--open-tokens: 0 isn't from 1",
 		"--database-url is needed",
 		"the shared secret of NATS is needed",
+		"the DSN of Sentry doesn't look like",
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q isn't said", want)
 		}
+	}
+	if strings.Contains(err.Error(), "canary") {
+		t.Error("a secret is said")
 	}
 	if t.Failed() {
 		t.Log(err)

@@ -38,6 +38,7 @@ type upCommand struct {
 	SubmissionOptions
 	AdminTokenFile string `placeholder:"FILE" help:"File with the admin token, - for standard input; or give the token itself in $$OWNLLM_ADMIN_TOKEN. Without either one is made on the first run."`
 	LogOptions
+	ReportOptions
 }
 
 // Help shows examples.
@@ -51,6 +52,9 @@ Examples:
     ownllm up --backend http://127.0.0.1:11434
     ownllm up --data-dir /srv/ownllm --listen :9191 --database-url postgres://…`
 }
+
+// amiss reports what is wrong with a secret, which has no flag.
+func (c *upCommand) amiss(env *Environment) error { return c.wrong(env) }
 
 // Validate reports all problems of the flags at once.
 func (c *upCommand) Validate() error {
@@ -78,6 +82,11 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 	if err != nil {
 		return err
 	}
+	log, flush, err := c.reporting(env, "ownllm", log)
+	if err != nil {
+		return err
+	}
+	defer flush()
 	dir, err := c.dir(env)
 	if err != nil {
 		return err
@@ -148,11 +157,11 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 		return err
 	}
 	defer line.close()
-	side, link, err := newIngress(owner, natsConfig, tel, scheduler, ingress.Config{BodyLimit: int(c.BodyLimit), Drain: c.DrainTimeout}, log)
+	side, err := newIngress(owner, natsConfig, tel, scheduler, ingress.Config{BodyLimit: int(c.BodyLimit), Drain: c.DrainTimeout}, log)
 	if err != nil {
 		return err
 	}
-	defer link.close()
+	defer side.close()
 	office, err := newBackOffice(ctx, natsConfig, c.QueueOptions, store, owner, log)
 	if err != nil {
 		return err
@@ -194,7 +203,7 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 		together(part{"submissions", scheduler.Run}, part{"ingress", side.Run}, serveHTTP(door, api)),
 		part{"announcement", func(ctx context.Context) error { return announce(ctx, env, owner, door, ready, dir, string(tenant.ID)) }},
 	)
-	return runParts(ctx, parts...)
+	return ended(log, runParts(ctx, parts...))
 }
 
 // upSecrets are what `up` keeps in its data dir from one run to the next.

@@ -24,6 +24,7 @@ type workerCommand struct {
 	DrainOptions
 	OpsOptions
 	LogOptions
+	ReportOptions
 }
 
 // Help shows examples.
@@ -42,6 +43,9 @@ Examples:
     ownllm worker --nats-url wss://nats.example.com --backend http://127.0.0.1:11434 --model llama3.3=llama-3.3-70b`
 }
 
+// amiss reports what is wrong with a secret, which has no flag.
+func (c *workerCommand) amiss(env *Environment) error { return c.wrong(env) }
+
 // Validate reports all problems of the flags at once.
 func (c *workerCommand) Validate() error {
 	var p problems
@@ -59,6 +63,11 @@ func (c *workerCommand) Run(ctx context.Context, env *Environment) error {
 	if err != nil {
 		return err
 	}
+	log, flush, err := c.reporting(env, "ownllm-worker", log)
+	if err != nil {
+		return err
+	}
+	defer flush()
 	dir, err := c.dir(env)
 	if err != nil {
 		return err
@@ -100,7 +109,7 @@ func (c *workerCommand) Run(ctx context.Context, env *Environment) error {
 	if errors.Is(err, worker.ErrRemoved) {
 		return usageError{fmt.Errorf("%w. Make a pairing key with `ownllm agents pair`, and start the worker with it once", worker.ErrRemoved)}
 	}
-	return err
+	return ended(log, err)
 }
 
 // demoName is the backend that stands for the built-in demo model.

@@ -112,8 +112,8 @@ func TestEveryTokenIsAccountedFor(t *testing.T) {
 		return reply{}
 	})
 
-	stack.Until(t, 10*time.Second, "the backend to be idle", func() bool { return c.backend.Stats().Active == 0 })
-	entries := c.ledger.wantClosed(key, 10*time.Second)
+	stack.Until(t, 30*time.Second, "the backend to be idle", func() bool { return c.backend.Stats().Active == 0 })
+	entries := c.ledger.wantClosed(key, 30*time.Second)
 	outcomes := make(map[string]int)
 	var charged, edges int64
 	for _, e := range entries {

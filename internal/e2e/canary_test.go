@@ -14,6 +14,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/internal/sentrytest"
 	"github.com/ownllm/ownllm/internal/stack"
 	"github.com/ownllm/ownllm/schemas"
 	"github.com/ownllm/ownllm/worker/demo"
@@ -41,7 +42,7 @@ func (e *exported) of(path string) []byte {
 
 // TestNothingSecretGetsOut sends requests of all kinds over NATS, submissions among them, and
 // some over HTTP, with every role at its most talkative, and looks for what they held: in the
-// logs, the traces, the metrics, and what others are told.
+// logs, the traces, the metrics, the reports to Sentry, and what others are told.
 func TestNothingSecretGetsOut(t *testing.T) {
 	const (
 		prompt     = "CANARY-of-the-prompt"
@@ -55,6 +56,8 @@ func TestNothingSecretGetsOut(t *testing.T) {
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", otlp.URL)
 	t.Setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
 	t.Setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
+	sentry := sentrytest.Start(t)
+	t.Setenv("SENTRY_DSN", sentry.DSN)
 	backend := stack.StartBackend(t, demo.Options{})
 	owner := []string{"--log-level", "debug", "--first-token-timeout", "2s", "--total-timeout", "10s"}
 	c := stack.StartCluster(t, owner...)
@@ -156,8 +159,9 @@ func TestNothingSecretGetsOut(t *testing.T) {
 	work.Go(func() {
 		client.chat(t.Context(), true, map[string]any{"messages": say, "demo": map[string]any{"tokens": 60, "tokens_per_second": 20}})
 	})
-	stack.Until(t, 10*time.Second, "a reply to run", func() bool { return backend.Stats().Active > 0 })
+	stack.Until(t, 30*time.Second, "a reply to run", func() bool { return backend.Stats().Active > 0 })
 	c.NATS.Kill()
+	complain(client.chat(t.Context(), true, asks["reply"]).err) // our fault, which is reported
 	c.StartNATS()
 	work.Wait()
 
@@ -197,4 +201,5 @@ func TestNothingSecretGetsOut(t *testing.T) {
 	http.DefaultClient.CloseIdleConnections()
 	look("the traces", string(out.of("/v1/traces")))
 	look("the metrics that are sent", string(out.of("/v1/metrics")))
+	look("the reports to Sentry", sentry.Raw())
 }

@@ -59,7 +59,7 @@ const (
 	// atOnce is what a worker that only lost its link is given to come back.
 	atOnce = 600 * time.Millisecond
 	// busyCores is how much later everything may be in a test.
-	busyCores = 1500 * time.Millisecond
+	busyCores = 2 * time.Second
 	// cutWithin is within what time a reply ends that nobody can finish.
 	cutWithin = 5 * time.Second
 )
@@ -137,7 +137,7 @@ var causes = []cause{
 // awaitEnd waits until the worker is gone.
 func (v *victim) awaitEnd(t *testing.T) {
 	t.Helper()
-	stack.Until(t, 20*time.Second, "the worker to end", func() bool { return !v.worker.Alive() })
+	stack.Until(t, 30*time.Second, "the worker to end", func() bool { return !v.worker.Alive() })
 }
 
 // TestCauses makes a model unable to answer in every way there is, by real processes and a
@@ -205,7 +205,7 @@ func TestCauses(t *testing.T) {
 
 // test goes through one cause, and returns its row of the table.
 func (c *cause) test(t *testing.T, v *victim, clients []*client) string {
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	var running []*running
 	if !c.late {
@@ -262,7 +262,7 @@ func (c *cause) test(t *testing.T, v *victim, clients []*client) string {
 func (v *victim) serves(ctx context.Context, t *testing.T, clients []*client) {
 	t.Helper()
 	for _, client := range clients {
-		stack.Until(t, 15*time.Second, "the model to answer", func() bool {
+		stack.Until(t, 30*time.Second, "the model to answer", func() bool {
 			r := client.chat(ctx, false, map[string]any{"model": v.model, "demo": map[string]any{"tokens": 1}})
 			if r.broken != nil {
 				t.Fatal(r.broken)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"strconv"
@@ -44,7 +45,8 @@ type chaosLoad struct {
 	c          *chaos
 	ledger     *ledger
 	keys       map[string]schemas.KeyID // by door
-	secret     string                   // of the door HTTP
+	secrets    map[string]string        // of the keys
+	clients    int                      // that run
 	publishers []*publisher
 	submitter  *publisher
 
@@ -65,17 +67,15 @@ const chaosPrice = books.MicroCents
 func newChaosLoad(t *testing.T, c *chaos) *chaosLoad {
 	t.Helper()
 	l := &chaosLoad{
-		c: c, ledger: openLedger(t, c.DatabaseURL), keys: map[string]schemas.KeyID{}, rows: map[string]int{},
+		c: c, ledger: openLedger(t, c.DatabaseURL), keys: map[string]schemas.KeyID{}, secrets: map[string]string{}, rows: map[string]int{},
 		requests: map[string]int{}, retries: map[string]int{}, failures: map[string]int{}, slowest: map[string]time.Duration{}, submitted: map[string]int{},
 	}
 	setPrice(t, c.Cluster, "demo", chaosPrice)
-	secrets := map[string]string{}
 	for _, door := range []string{doorHTTP, doorNATS, doorDurable} {
-		l.keys[door], secrets[door] = newKey(t, c.Cluster, books.NewKey{Name: door, Concurrency: new(1000), BudgetCents: new(int64(10_000_000))})
+		l.keys[door], l.secrets[door] = newKey(t, c.Cluster, books.NewKey{Name: door, Concurrency: new(1000), BudgetCents: new(int64(10_000_000))})
 	}
-	l.secret = secrets[doorHTTP]
 	connect := func(door string, i int) *publisher {
-		return newPublisher(t, c.ServerURL(i)+","+c.NATSURL(), l.keys[door], secrets[door],
+		return newPublisher(t, c.ServerURL(i)+","+c.NATSURL(), l.keys[door], l.secrets[door],
 			nats.DontRandomize(), nats.IgnoreAuthErrorAbort(), nats.ReconnectWait(100*time.Millisecond), nats.ReconnectBufSize(-1))
 	}
 	for i := range c.Servers {
@@ -87,15 +87,34 @@ func newChaosLoad(t *testing.T, c *chaos) *chaosLoad {
 
 const chaosHTTPClients = 5
 
-// clients is how many there are.
-func (l *chaosLoad) clients() int { return chaosHTTPClients + len(l.publishers) + 1 }
-
 // begin starts all clients. The returned function lets them finish what they have begun, and
 // waits.
 func (l *chaosLoad) begin(ctx context.Context) (stop func()) {
+	turns := map[string]func(int) bool{doorDurable: func(int) bool { return l.submit() }}
+	var clients []*client
+	for i := range chaosHTTPClients {
+		pair := clientsOf(l.c.t, l.c.edges, l.secret())
+		clients = append(clients, pair...)
+		turns[fmt.Sprint(doorHTTP, i)] = func(n int) bool { return l.overHTTP(ctx, pair, n%3 != 0) }
+	}
+	for i, p := range l.publishers {
+		turns[fmt.Sprint(doorNATS, i)] = func(n int) bool { return l.overNATS(ctx, p, n%3 != 0) }
+	}
+	wait := l.loop(turns)
+	return func() {
+		wait()
+		for _, c := range clients {
+			c.close()
+		}
+	}
+}
+
+// loop has each client take one turn after the other, until stop is called, which waits.
+func (l *chaosLoad) loop(turns map[string]func(n int) bool) (stop func()) {
+	l.clients = len(turns)
 	stopped := make(chan struct{})
 	var running sync.WaitGroup
-	loop := func(name string, turn func(n int) bool) {
+	for name, turn := range turns {
 		running.Go(func() {
 			for n := 0; ; n++ {
 				select {
@@ -116,24 +135,14 @@ func (l *chaosLoad) begin(ctx context.Context) (stop func()) {
 			}
 		})
 	}
-	var clients []*client
-	for i := range chaosHTTPClients {
-		pair := clientsOf(l.c.t, l.c.edges, l.secret)
-		clients = append(clients, pair...)
-		loop(fmt.Sprint(doorHTTP, i), func(n int) bool { return l.overHTTP(ctx, pair, n%3 != 0) })
-	}
-	for i, p := range l.publishers {
-		loop(fmt.Sprint(doorNATS, i), func(n int) bool { return l.overNATS(ctx, p, n%3 != 0) })
-	}
-	loop(doorDurable, func(int) bool { return l.submit() })
 	return func() {
 		close(stopped)
 		running.Wait()
-		for _, c := range clients {
-			c.close()
-		}
 	}
 }
+
+// secret opens the door HTTP.
+func (l *chaosLoad) secret() string { return l.secrets[doorHTTP] }
 
 // chaosAsk is a request for a numbered reply of about a second.
 func chaosAsk(stream bool) (fields map[string]any, tokens int) {
@@ -164,6 +173,13 @@ func (l *chaosLoad) note(x told, failure string) bool {
 		l.told = append(l.told, x)
 	}
 	return failure == ""
+}
+
+// failed is how often each failure came up so far.
+func (l *chaosLoad) failed() map[string]int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return maps.Clone(l.failures)
 }
 
 func (l *chaosLoad) retried(door string) {
@@ -333,7 +349,7 @@ func (l *chaosLoad) awaitGood(t *testing.T, within time.Duration, why string) {
 				took[name] = time.Since(began).Round(100 * time.Millisecond)
 			}
 		}
-		return len(took) == l.clients()
+		return len(took) == l.clients
 	})
 	t.Logf("all clients have good replies %s, each after %v", why, took)
 }

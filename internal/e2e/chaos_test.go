@@ -251,8 +251,8 @@ func TestChaos(t *testing.T) {
 	t.Logf("%d faults in %s: %v", len(c.spells), raged.Round(time.Second), c.faults())
 	l.report(t)
 	l.wantSettled(t)
-	stack.Until(t, 20*time.Second, "the backend to be idle", func() bool { return c.backend.Stats().Active == 0 })
-	stack.Until(t, 20*time.Second, "an empty queue", func() bool { return jobs(t, c.Cluster) == 0 })
+	stack.Until(t, 30*time.Second, "the backend to be idle", func() bool { return c.backend.Stats().Active == 0 })
+	stack.Until(t, 30*time.Second, "an empty queue", func() bool { return jobs(t, c.Cluster) == 0 })
 	c.wantSize(t, before)
 }
 

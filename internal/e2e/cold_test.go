@@ -179,7 +179,7 @@ func TestColdOllama(t *testing.T) {
 	}
 	awaitState := func(want schemas.ModelState) {
 		t.Helper()
-		stack.Until(t, 20*time.Second, "the model to be "+string(want), func() bool { return state() == want })
+		stack.Until(t, 30*time.Second, "the model to be "+string(want), func() bool { return state() == want })
 	}
 	ask := func(stream bool, wait string) reply {
 		c := newClient(up.BaseURL, up.APIKey)
@@ -295,7 +295,7 @@ func TestColdOllama(t *testing.T) {
 	// What is removed or pulled on the machine shows within five seconds.
 	for _, present := range []bool{false, true} {
 		o.install(present)
-		stack.Until(t, 5*time.Second, fmt.Sprintf("the model to be listed: %v", present), func() bool { return lists(t, up, ollamaModel) == present })
+		stack.Until(t, 5*time.Second+busyCores, fmt.Sprintf("the model to be listed: %v", present), func() bool { return lists(t, up, ollamaModel) == present })
 		want := ""
 		if !present {
 			want = string(schemas.CodeModelNotFound)
@@ -380,9 +380,9 @@ func TestRemovedWhileNoBrokerRuns(t *testing.T) {
 	}
 	c.StartBroker()
 	began := time.Now()
-	stack.Until(t, 10*time.Second, "the agent to be cut off", func() bool { return logged(removed.Process, "bus connection lost") })
+	stack.Until(t, 30*time.Second, "the agent to be cut off", func() bool { return logged(removed.Process, "bus connection lost") })
 	t.Logf("cut off %s after the start of a broker", time.Since(began))
-	stack.Until(t, 10*time.Second, "the agent to be refused", func() bool { return logged(removed.Process, "the bus refuses this connection") })
+	stack.Until(t, 30*time.Second, "the agent to be refused", func() bool { return logged(removed.Process, "the bus refuses this connection") })
 	if logged(bystander.Process, "bus connection lost") {
 		t.Error("another agent was cut off")
 	}
@@ -422,7 +422,7 @@ func TestSeveralAgents(t *testing.T) {
 		before := inner.Stats().Started
 		return ask(8) == 0 && inner.Stats().Started > before
 	}
-	stack.Until(t, 20*time.Second, "both agents to work", shared)
+	stack.Until(t, 30*time.Second, "both agents to work", shared)
 	down.Store(true)
 	since := time.Now()
 	stack.Until(t, 5*time.Second, "the agent to get no work", func() bool { return ask(8) == 0 })
@@ -433,7 +433,7 @@ func TestSeveralAgents(t *testing.T) {
 		}
 	}
 	down.Store(false)
-	stack.Until(t, 10*time.Second, "both agents to work again", shared)
+	stack.Until(t, 30*time.Second, "both agents to work again", shared)
 
 	for _, w := range workers {
 		if err := w.Stop(); err != nil {

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 
@@ -22,6 +23,8 @@ const root = "../.."
 type service struct {
 	Image       string
 	Restart     string
+	StopSignal  string        `yaml:"stop_signal"`
+	StopGrace   time.Duration `yaml:"stop_grace_period"`
 	Entrypoint  []string
 	Command     []string
 	Environment map[string]string
@@ -91,6 +94,45 @@ func (s service) commands() [][]string {
 		lines = append(lines, strings.Fields(m[1]))
 	}
 	return lines
+}
+
+// TestComposeStops: whoever stops a service of docker-compose.yml, to put a newer one in its
+// place say, waits for as long as it takes to end well.
+func TestComposeStops(t *testing.T) {
+	var help, problem bytes.Buffer
+	command.Main(t.Context(), []string{"edge", "--help"}, nil, &help, &problem, func(string) string { return "" })
+	span := func(pattern, text string) time.Duration {
+		m := regexp.MustCompile(pattern).FindStringSubmatch(text)
+		if m == nil {
+			t.Fatalf("no %s", pattern)
+		}
+		d, err := time.ParseDuration(m[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	drain := span(`(?s)--drain-timeout.*?Default:\s+(\w+)`, help.String())
+	lame := span(`(?m)^lame_duck_duration: "(\w+)"`, read(t, "scripts/compose/nats.conf"))
+	c := readCompose(t)
+	for name, s := range c.ours(t) {
+		if s.StopGrace < drain+5*time.Second || s.StopSignal != "" {
+			t.Errorf("%s has %s to end, and drains for %s", name, s.StopGrace, drain)
+		}
+	}
+	servers := 0
+	for name, s := range c.Services {
+		if !strings.HasPrefix(s.Image, "nats:") {
+			continue
+		}
+		servers++
+		if s.StopGrace < lame+10*time.Second || s.StopSignal != "SIGUSR2" {
+			t.Errorf("%s has %s to end after %s, and sends its clients away for %s", name, s.StopGrace, s.StopSignal, lame)
+		}
+	}
+	if servers != 3 {
+		t.Errorf("%d nats-servers", servers)
+	}
 }
 
 // TestComposeNames: the commands, flags and variables of docker-compose.yml exist.

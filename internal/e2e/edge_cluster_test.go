@@ -121,7 +121,7 @@ func TestEdgeStopsOnASignal(t *testing.T) {
 			defer client.close()
 			ended <- client.chat(context.Background(), true, map[string]any{"demo": map[string]any{"numbered": true, "tokens": tokens, "tokens_per_second": 20}})
 		}()
-		stack.Until(t, 10*time.Second, "the stream to run", func() bool { return backend.Stats().Tokens > before+2 })
+		stack.Until(t, 30*time.Second, "the stream to run", func() bool { return backend.Stats().Tokens > before+2 })
 		return ended
 	}
 
@@ -133,7 +133,7 @@ func TestEdgeStopsOnASignal(t *testing.T) {
 	if r.text != numbered(40) {
 		t.Errorf("text %q", r.text)
 	}
-	stack.Until(t, 10*time.Second, "the edge to end", func() bool { return !patient.Alive() })
+	stack.Until(t, 30*time.Second, "the edge to end", func() bool { return !patient.Alive() })
 	if err := patient.Err(); err != nil {
 		t.Errorf("the edge ended with %v", err)
 	}
@@ -144,11 +144,11 @@ func TestEdgeStopsOnASignal(t *testing.T) {
 	if r := <-stream; r.broken != nil || r.err == nil || r.err.Code != "internal_error" || !strings.Contains(r.err.Message, "shutting down") || r.done {
 		t.Errorf("stream beyond the drain ended with %+v", r)
 	}
-	stack.Until(t, 10*time.Second, "the edge to end", func() bool { return !hasty.Alive() })
+	stack.Until(t, 30*time.Second, "the edge to end", func() bool { return !hasty.Alive() })
 	if err := hasty.Err(); err != nil {
 		t.Errorf("the edge ended with %v", err)
 	}
-	stack.Until(t, 10*time.Second, "the backend to stop", func() bool { return backend.Stats().Active == 0 })
+	stack.Until(t, 30*time.Second, "the backend to stop", func() bool { return backend.Stats().Active == 0 })
 }
 
 // TestNothingSecretIsLogged runs requests of all kinds with every role at its most
@@ -202,7 +202,7 @@ func TestNothingSecretIsLogged(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	before := backend.Stats().Started
 	go func() {
-		stack.Until(t, 10*time.Second, "the request to run", func() bool { return backend.Stats().Started > before })
+		stack.Until(t, 30*time.Second, "the request to run", func() bool { return backend.Stats().Started > before })
 		cancel()
 	}()
 	client.chat(ctx, true, map[string]any{"messages": say, "demo": map[string]any{"first_token_ms": 400}})
@@ -237,7 +237,7 @@ func TestNothingSecretIsLogged(t *testing.T) {
 	c.NATS.Kill()
 	client.chat(t.Context(), true, map[string]any{"messages": say})
 	c.StartNATS()
-	stack.Until(t, 20*time.Second, "a reply again", func() bool {
+	stack.Until(t, 30*time.Second, "a reply again", func() bool {
 		r := client.chat(t.Context(), false, map[string]any{"messages": say, "demo": map[string]any{"text": completion}})
 		return r.err == nil && r.broken == nil
 	})

@@ -86,7 +86,7 @@ func newRefusals(t *testing.T, brokerArgs ...string) *refusals {
 	proxy.Cut()
 
 	for _, edge := range []*stack.Edge{r.main, r.hasty} {
-		stack.Until(t, 10*time.Second, "all models", func() bool {
+		stack.Until(t, 30*time.Second, "all models", func() bool {
 			_, body := r.get(edge.BaseURL+"/models", r.Key.Reveal())
 			return !slices.ContainsFunc([]string{"demo", plainModel, coldModel, busyModel, awayModel, mortal}, func(id string) bool {
 				return !strings.Contains(body, `"id":"`+id+`"`)
@@ -174,7 +174,7 @@ func (r *refusals) fillQueue() {
 	r.emptyQueue = func() {
 		cancel()
 		requests.Wait()
-		stack.Until(r.t, 10*time.Second, "the busy requests to end", func() bool { return r.backend.Stats().Aborted > queueBound })
+		stack.Until(r.t, 30*time.Second, "the busy requests to end", func() bool { return r.backend.Stats().Aborted > queueBound })
 	}
 	r.t.Cleanup(cancel)
 	hold := func(key, model string) {
@@ -194,7 +194,7 @@ func (r *refusals) fillQueue() {
 		hold("good", busyModel)
 	}
 	hold("without slots", demo.ModelID)
-	stack.Until(r.t, 10*time.Second, "a full queue", func() bool { return r.backend.Stats().Active == queueBound+1 })
+	stack.Until(r.t, 30*time.Second, "a full queue", func() bool { return r.backend.Stats().Active == queueBound+1 })
 }
 
 // row is one way to a refusal.

@@ -35,7 +35,8 @@ func startRealModel(t *testing.T) *realModel {
 			t.Fatalf("the real model has ended: %v", m.Err())
 		}
 		for _, line := range m.Log() {
-			if strings.HasPrefix(line, "{") && json.Unmarshal([]byte(line), m) == nil {
+			// The log of its server may have begun the line, or go on in it.
+			if i := strings.Index(line, `{"url"`); i >= 0 && json.NewDecoder(strings.NewReader(line[i:])).Decode(m) == nil {
 				return true
 			}
 		}
@@ -59,7 +60,7 @@ func adminOf(t *testing.T, edge *stack.Edge) *adminapi.Client {
 func awaitAgents(t *testing.T, edge *stack.Edge, want int) {
 	t.Helper()
 	api := adminOf(t, edge)
-	stack.Until(t, 20*time.Second, "the edge to know the agents", func() bool {
+	stack.Until(t, 30*time.Second, "the edge to know the agents", func() bool {
 		agents, err := api.Agents(t.Context(), "")
 		up := 0
 		for _, a := range agents {
@@ -134,7 +135,7 @@ func TestRealModelIsContinued(t *testing.T) {
 			if r.roles != 1 || r.usage > tokens || r.finish == "length" && r.usage != tokens || r.prompt == 0 {
 				t.Errorf("the reply has %d roles, finish_reason %q, and counts %d tokens after %d", r.roles, r.finish, r.usage, r.prompt)
 			}
-			e := openLedger(t, c.DatabaseURL).wantClosed(key, 10*time.Second)[r.request()]
+			e := openLedger(t, c.DatabaseURL).wantClosed(key, 30*time.Second)[r.request()]
 			if e.Outcome != "done" || e.Completion != int64(r.usage) || e.Prompt != int64(r.prompt) {
 				t.Errorf("the ledger has %+v, the reply %d tokens after %d", e, r.usage, r.prompt)
 			}

@@ -96,7 +96,7 @@ func TestFailover(t *testing.T) {
 			t.Errorf("reply %d counts a prompt of %d tokens", i, r.prompt)
 		}
 	}
-	entries := ledger.wantClosed(key, 10*time.Second)
+	entries := ledger.wantClosed(key, 30*time.Second)
 	if len(entries) != len(replies) {
 		t.Errorf("%d replies, and %d rows in the ledger", len(replies), len(entries))
 	}
@@ -119,7 +119,7 @@ func TestFailover(t *testing.T) {
 // says when it wakes up changes nothing. One that is stopped for a moment only isn't taken
 // for dead.
 func TestFailoverFromAFrozenWorker(t *testing.T) {
-	const streams, tokens, perSecond = 10, 300, 30
+	const streams, tokens, perSecond = 10, 450, 30
 	backends := []*stack.Backend{stack.StartBackend(t, longDemo()), stack.StartBackend(t, longDemo())}
 	c := stack.StartCluster(t)
 	edge := c.StartEdge()
@@ -132,14 +132,14 @@ func TestFailoverFromAFrozenWorker(t *testing.T) {
 		c.StartWorker(backends[1].URL).Serving()
 		awaitAgents(t, edge, 2)
 		frozen.Signal(syscall.SIGSTOP)
-		time.Sleep(2 * time.Second) // less than presence.StaleAfter
+		time.Sleep(1200 * time.Millisecond) // with the second between two beats, well below presence.StaleAfter
 		frozen.Signal(syscall.SIGCONT)
 		time.Sleep(1500 * time.Millisecond)
 		if n := backends[1].Stats().Started; n != 0 {
 			t.Errorf("%d streams have left a worker that was only slow", n)
 		}
 		frozen.Signal(syscall.SIGSTOP)
-		stack.Until(t, 10*time.Second, "the other agent to go on", func() bool { return backends[1].Stats().Active == streams })
+		stack.Until(t, 30*time.Second, "the other agent to go on", func() bool { return backends[1].Stats().Active == streams })
 		frozen.Signal(syscall.SIGCONT)
 	})
 	replies := together(streams, func(int) reply {
@@ -149,7 +149,7 @@ func TestFailoverFromAFrozenWorker(t *testing.T) {
 		})
 	})
 	thawed.Wait()
-	entries := ledger.wantClosed(key, 10*time.Second)
+	entries := ledger.wantClosed(key, 30*time.Second)
 	for _, r := range replies {
 		wantOnce(t, r, tokens)
 		if e := entries[r.request()]; e.Outcome != "done" || e.Completion != tokens {
@@ -159,8 +159,8 @@ func TestFailoverFromAFrozenWorker(t *testing.T) {
 	if len(entries) != streams {
 		t.Errorf("%d replies, and %d rows in the ledger", streams, len(entries))
 	}
-	stack.Until(t, 10*time.Second, "the frozen worker to give up", func() bool { return backends[0].Stats().Active == 0 })
-	stack.Until(t, 10*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	stack.Until(t, 30*time.Second, "the frozen worker to give up", func() bool { return backends[0].Stats().Active == 0 })
+	stack.Until(t, 30*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
 }
 
 // TestWhatCannotBeContinued kills a worker whose replies have more to them than text. Each
@@ -220,8 +220,8 @@ func TestWhatCannotBeContinued(t *testing.T) {
 	if n := backends[1].Stats().Started; n != 0 {
 		t.Errorf("the other backend was asked %d times", n)
 	}
-	if entries := openLedger(t, c.DatabaseURL).wantClosed(key, 10*time.Second); len(entries) != len(kinds) {
+	if entries := openLedger(t, c.DatabaseURL).wantClosed(key, 30*time.Second); len(entries) != len(kinds) {
 		t.Errorf("%d replies, and %d rows in the ledger", len(kinds), len(entries))
 	}
-	stack.Until(t, 10*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	stack.Until(t, 30*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
 }

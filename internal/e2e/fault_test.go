@@ -65,7 +65,7 @@ func natsRestart(t *testing.T, late time.Duration) {
 	const streams, tokens = 12, 60 // 4 run for 3 s each, 8 wait
 	var began sync.WaitGroup
 	began.Go(func() {
-		stack.Until(t, 20*time.Second, "jobs to run", func() bool {
+		stack.Until(t, 30*time.Second, "jobs to run", func() bool {
 			s := backend.Stats()
 			return s.Active == 4 && s.Tokens > 20
 		})
@@ -88,8 +88,8 @@ func natsRestart(t *testing.T, late time.Duration) {
 	if s := backend.Stats(); s.Started != streams || s.Finished != streams {
 		t.Errorf("backend started %d and finished %d requests, want %d", s.Started, s.Finished, streams)
 	}
-	stack.Until(t, 20*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
-	entries := openLedger(t, c.DatabaseURL).wantClosed(key, 5*time.Second)
+	stack.Until(t, 30*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	entries := openLedger(t, c.DatabaseURL).wantClosed(key, 30*time.Second)
 	for _, r := range replies {
 		if e := entries[r.request()]; e.Completion != tokens || e.Outcome != "done" {
 			t.Errorf("ledger has %+v", e)
@@ -120,8 +120,8 @@ func TestAgentDiesBeforeFirstToken(t *testing.T) {
 	const streams = 6 // 2 run, 4 wait
 	var killed sync.WaitGroup
 	killed.Go(func() {
-		stack.Until(t, 20*time.Second, "jobs to run", func() bool { return slow.Stats().Active == 2 })
-		stack.Until(t, 20*time.Second, "jobs to wait", func() bool { return jobs(t, c) == streams })
+		stack.Until(t, 30*time.Second, "jobs to run", func() bool { return slow.Stats().Active == 2 })
+		stack.Until(t, 30*time.Second, "jobs to wait", func() bool { return jobs(t, c) == streams })
 		c.StartWorker(quick.URL, "--slots", "2").Serving()
 		doomed.Kill()
 	})
@@ -137,8 +137,8 @@ func TestAgentDiesBeforeFirstToken(t *testing.T) {
 		}
 	}
 	t.Logf("%d requests served after %s", streams, time.Since(start))
-	stack.Until(t, 20*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
-	entries := openLedger(t, c.DatabaseURL).wantClosed(key, 5*time.Second)
+	stack.Until(t, 30*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	entries := openLedger(t, c.DatabaseURL).wantClosed(key, 30*time.Second)
 	agents := make(map[string]int)
 	for _, r := range replies {
 		e := entries[r.request()]
@@ -164,7 +164,7 @@ func TestAgentDiesInMidStream(t *testing.T) {
 	var died atomic.Int64
 	var killed sync.WaitGroup
 	killed.Go(func() {
-		stack.Until(t, 20*time.Second, "tokens", func() bool { return backend.Stats().Tokens > 100 })
+		stack.Until(t, 30*time.Second, "tokens", func() bool { return backend.Stats().Tokens > 100 })
 		died.Store(time.Now().UnixNano())
 		doomed.Kill()
 	})
@@ -213,8 +213,8 @@ func TestCancelRacesDelivery(t *testing.T) {
 		}
 		return reply{}
 	})
-	stack.Until(t, 3*time.Second, "the backend to be idle", func() bool { return backend.Stats().Active == 0 })
-	stack.Until(t, 5*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	stack.Until(t, 30*time.Second, "the backend to be idle", func() bool { return backend.Stats().Active == 0 })
+	stack.Until(t, 30*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
 	wantWhole(t, client.chat(t.Context(), true, nil))
 }
 
@@ -228,7 +228,7 @@ func TestEdgeDies(t *testing.T) {
 	defer client.close()
 	var killed sync.WaitGroup
 	killed.Go(func() {
-		stack.Until(t, 20*time.Second, "tokens", func() bool { return backend.Stats().Tokens > 100 })
+		stack.Until(t, 30*time.Second, "tokens", func() bool { return backend.Stats().Tokens > 100 })
 		edge.Kill()
 	})
 	replies := together(10, func(int) reply {
@@ -240,8 +240,8 @@ func TestEdgeDies(t *testing.T) {
 			t.Errorf("a reply of a dead edge: done %v, broken %v, error %+v", r.done, r.broken, r.err)
 		}
 	}
-	stack.Until(t, 10*time.Second, "the backend to be idle", func() bool { return backend.Stats().Active == 0 })
-	stack.Until(t, 10*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	stack.Until(t, 30*time.Second, "the backend to be idle", func() bool { return backend.Stats().Active == 0 })
+	stack.Until(t, 30*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
 	second := newClient(other.BaseURL, c.Key.Reveal())
 	defer second.close()
 	wantWhole(t, second.chat(t.Context(), true, nil))
@@ -259,7 +259,7 @@ func TestWorkerDrains(t *testing.T) {
 	const streams = 6
 	var drained sync.WaitGroup
 	drained.Go(func() {
-		stack.Until(t, 20*time.Second, "jobs to run and wait", func() bool {
+		stack.Until(t, 30*time.Second, "jobs to run and wait", func() bool {
 			return backend.Stats().Active == 2 && backend.Stats().Tokens > 4 && jobs(t, c) == streams
 		})
 		c.StartWorker(backend.URL, "--slots", "2").Serving()
@@ -267,7 +267,7 @@ func TestWorkerDrains(t *testing.T) {
 	})
 	replies := together(streams, func(int) reply {
 		return client.chat(t.Context(), true, map[string]any{"demo": map[string]any{
-			"tokens": 40, "numbered": true, "tokens_per_second": 20,
+			"tokens": 40, "numbered": true, "tokens_per_second": 10,
 		}})
 	})
 	drained.Wait()
@@ -307,7 +307,7 @@ func TestColdModel(t *testing.T) {
 		t.Error("model_loading without Retry-After")
 	}
 	// The load goes on without anybody waiting for it.
-	stack.Until(t, 15*time.Second, "the model to be loaded", func() bool {
+	stack.Until(t, 30*time.Second, "the model to be loaded", func() bool {
 		r = c.chat(t.Context(), true, nil)
 		return r.err == nil
 	})

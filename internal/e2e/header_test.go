@@ -154,7 +154,7 @@ func TestHeadersCount(t *testing.T) {
 	for _, ended := range flying {
 		<-ended
 	}
-	c.ledger.wantClosed(key, 10*time.Second)
+	c.ledger.wantClosed(key, 30*time.Second)
 	for i := range 4 {
 		r := clients[i%3].chat(t.Context(), i%2 == 0, limited(priced(t, tokens, nil), tokens))
 		wantWhole(t, r)

@@ -68,7 +68,7 @@ func (h *natsHouse) await(t *testing.T, p *publisher) {
 // idle waits until the backend has nothing to do, and says how long that took.
 func (h *natsHouse) idle(t *testing.T, since time.Time) time.Duration {
 	t.Helper()
-	stack.Until(t, 10*time.Second, "the backend to be idle", func() bool { return h.backend.Stats().Active == 0 })
+	stack.Until(t, 30*time.Second, "the backend to be idle", func() bool { return h.backend.Stats().Active == 0 })
 	return time.Since(since).Round(time.Millisecond)
 }
 
@@ -116,7 +116,7 @@ func TestIngress(t *testing.T) {
 	t.Run("a publisher that falls silent", func(t *testing.T) { h.silent(ctx, t, p) })
 	t.Run("changes", func(t *testing.T) { h.changes(ctx, t) })
 	t.Run("statistics", func(t *testing.T) { h.statistics(t) })
-	h.ledger.wantClosed(h.key, 5*time.Second)
+	h.ledger.wantClosed(h.key, 30*time.Second)
 }
 
 // whoami asks by the id of the key, and by the fingerprint of its secret.
@@ -221,7 +221,7 @@ func (h *natsHouse) lastSlot(ctx context.Context, t *testing.T) {
 	for range 5 { // one after the other
 		wantDone(t, p.chat(ctx, true, map[string]any{"demo": map[string]any{"tokens": 3}}))
 	}
-	h.ledger.wantClosed(id, 5*time.Second)
+	h.ledger.wantClosed(id, 30*time.Second)
 }
 
 // cancel cancels requests at whichever of the two brokers takes the word.
@@ -264,7 +264,7 @@ func (h *natsHouse) killed(ctx context.Context, t *testing.T) {
 		ended := make(chan heard, 1)
 		gone, leave := context.WithCancelCause(ctx)
 		go func() { ended <- p.follow(gone, "chat", chatBody(stream, long), func(*heard, *nats.Msg) {}) }()
-		stack.Until(t, 10*time.Second, "the reply to run", func() bool { return h.backend.Stats().Active == 1 })
+		stack.Until(t, 30*time.Second, "the reply to run", func() bool { return h.backend.Stats().Active == 1 })
 		time.Sleep(time.Second / 2) // it runs for a while
 		at := time.Now()
 		cut.cut()
@@ -328,12 +328,12 @@ func (h *natsHouse) silent(ctx context.Context, t *testing.T, p *publisher) {
 			ended[name] = r
 		})
 	}
-	stack.Until(t, 10*time.Second, "three to run", func() bool { return h.backend.Stats().Active == 3 })
-	stack.Until(t, 20*time.Second, "one to be ended", func() bool { return h.backend.Stats().Active == 2 })
+	stack.Until(t, 30*time.Second, "three to run", func() bool { return h.backend.Stats().Active == 3 })
+	stack.Until(t, 30*time.Second, "one to be ended", func() bool { return h.backend.Stats().Active == 2 })
 	if after := time.Since(start); after < silence || after > silence+4*time.Second {
 		t.Errorf("ended after %s", after)
 	}
-	stack.Until(t, 20*time.Second, "the others to be whole", func() bool { return h.backend.Stats().Active == 0 })
+	stack.Until(t, 30*time.Second, "the others to be whole", func() bool { return h.backend.Stats().Active == 0 })
 	leave(errLeft)
 	wg.Wait()
 	wantDone(t, ended["never"])
@@ -368,7 +368,7 @@ func (h *natsHouse) changes(ctx context.Context, t *testing.T) {
 		ended := make(chan heard, 1)
 		left, leave := context.WithTimeout(ctx, 10*time.Second)
 		go func() { ended <- p.follow(left, "chat", chatBody(true, long), func(*heard, *nats.Msg) {}) }()
-		stack.Until(t, 10*time.Second, "the reply to run", func() bool { return h.backend.Stats().Tokens > before.Tokens+10 })
+		stack.Until(t, 30*time.Second, "the reply to run", func() bool { return h.backend.Stats().Tokens > before.Tokens+10 })
 		at := time.Now()
 		if err := change.do(k); err != nil {
 			t.Fatal(err)
@@ -383,7 +383,7 @@ func (h *natsHouse) changes(ctx context.Context, t *testing.T) {
 			t.Errorf("%s: the reply ended with %+v, %+v", change.name, r.usage, r.err)
 		}
 		leave()
-		h.ledger.wantClosed(k.ID, 5*time.Second)
+		h.ledger.wantClosed(k.ID, 30*time.Second)
 	}
 }
 
@@ -515,7 +515,7 @@ func TestMixedLoad(t *testing.T) {
 		})
 	}
 	clients.Wait()
-	entries := h.ledger.wantClosed(h.key, 10*time.Second)
+	entries := h.ledger.wantClosed(h.key, 30*time.Second)
 	if len(entries) != n {
 		t.Errorf("%d requests, %d rows in the ledger", n, len(entries))
 	}
@@ -523,7 +523,7 @@ func TestMixedLoad(t *testing.T) {
 	for _, e := range entries {
 		charged += e.Completion
 	}
-	stack.Until(t, 10*time.Second, "the owners to have counted", func() bool { return takenIn() >= charged })
+	stack.Until(t, 30*time.Second, "the owners to have counted", func() bool { return takenIn() >= charged })
 	if n := takenIn(); n != charged {
 		t.Errorf("the ledger has %d tokens, and the owners took in %d", charged, n)
 	}
@@ -544,7 +544,7 @@ func TestMixedLoad(t *testing.T) {
 			broken++
 		}
 	}
-	stack.Until(t, 10*time.Second, "the backend to be idle", func() bool { return h.backend.Stats().Active == 0 })
+	stack.Until(t, 30*time.Second, "the backend to be idle", func() bool { return h.backend.Stats().Active == 0 })
 	t.Logf("%d requests, %d of them whole, %d broken off; %d tokens", n, whole, broken, charged)
 	if whole < n/2 || whole > n-n/20 || broken < n/20 {
 		t.Errorf("%d of %d replies are whole, %d broke off", whole, n, broken)

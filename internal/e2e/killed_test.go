@@ -73,13 +73,13 @@ func TestPostgresKilled(t *testing.T) {
 	}
 	for range kills {
 		had := answered()
-		stack.Until(t, 20*time.Second, "the load to run", func() bool { return answered() >= had+10 })
+		stack.Until(t, 30*time.Second, "the load to run", func() bool { return answered() >= had+10 })
 		postgres.Kill()
 		time.Sleep(300 * time.Millisecond)
 		postgres.Start()
 	}
 	had := answered()
-	stack.Until(t, 20*time.Second, "requests to be let in again", func() bool { return answered() >= had+10 })
+	stack.Until(t, 30*time.Second, "requests to be let in again", func() bool { return answered() >= had+10 })
 	stopLoad()
 	load.Wait()
 
@@ -91,7 +91,7 @@ func TestPostgresKilled(t *testing.T) {
 		}
 	}
 	for name, key := range map[string]schemas.KeyID{"rich": rich, "thrifty": thrifty} {
-		entries := l.wantClosed(key, 25*time.Second)
+		entries := l.wantClosed(key, 30*time.Second)
 		for id := range whole[key] {
 			if e, ok := entries[id]; !ok || e.Outcome != "done" || e.Prompt+e.Completion != tab {
 				t.Errorf("%s: a whole reply is in the ledger as %+v", name, e)

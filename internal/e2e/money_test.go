@@ -102,7 +102,7 @@ func setPrice(t *testing.T, c *stack.Cluster, model string, price int64) {
 func awaitModel(t *testing.T, edges []*stack.Edge, key, model string) {
 	t.Helper()
 	for _, e := range edges {
-		stack.Until(t, 20*time.Second, "the edge to know the model", func() bool {
+		stack.Until(t, 30*time.Second, "the edge to know the model", func() bool {
 			req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, e.BaseURL+"/models/"+model, nil)
 			if err != nil {
 				t.Fatal(err)

@@ -209,7 +209,7 @@ func TestNATSClients(t *testing.T) {
 			if a.Error.Code != schemas.CodeNotFound || !strings.Contains(a.Error.Message, "cancelled") || tokensOf(got.stdout) < 19 {
 				t.Errorf("%+v, %q", a.Error, got.stdout)
 			}
-			stack.Until(t, 10*time.Second, "the backend to stop", func() bool { return r.backend.Stats().Active == held })
+			stack.Until(t, 30*time.Second, "the backend to stop", func() bool { return r.backend.Stats().Active == held })
 		})
 	}
 	t.Run("errors", func(t *testing.T) {
@@ -303,7 +303,7 @@ func TestNATSClientsOutliveRestarts(t *testing.T) {
 	for _, n := range clients {
 		submit(n, false)
 	}
-	stack.Until(t, 20*time.Second, "a run", func() bool { return backend.Stats().Started > 0 })
+	stack.Until(t, 30*time.Second, "a run", func() bool { return backend.Stats().Started > 0 })
 	c.Broker.Kill()
 	c.NATS.Kill()
 	c.StartNATS()
@@ -398,7 +398,7 @@ func TestNATSCommand(t *testing.T) {
 	if got := <-ended; got.code != 1 || !strings.Contains(got.stdout, "cancelled") {
 		t.Errorf("exit code %d, %.200q", got.code, got.stdout)
 	}
-	stack.Until(t, 10*time.Second, "the backend to stop", func() bool { return backend.Stats().Active == 0 })
+	stack.Until(t, 30*time.Second, "the backend to stop", func() bool { return backend.Stats().Active == 0 })
 }
 
 // TestNATSClientsNoticeWhatIsMissing plays a broker that is bad at it.
@@ -410,7 +410,7 @@ func TestNATSClientsNoticeWhatIsMissing(t *testing.T) {
 	stack.Run(t, "nats-server", nil, stack.Binary(t, "github.com/nats-io/nats-server/v2"), "-a", "127.0.0.1", "-p", port)
 	url := "nats://" + addr
 	var nc *nats.Conn
-	stack.Until(t, 20*time.Second, "nats-server", func() (ok bool) {
+	stack.Until(t, 30*time.Second, "nats-server", func() (ok bool) {
 		var err error
 		nc, err = nats.Connect(url)
 		return err == nil

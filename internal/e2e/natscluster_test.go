@@ -249,7 +249,7 @@ func TestNATSClusterLosesAServer(t *testing.T) {
 		}
 	}
 	// Both workers are back, with all their connections.
-	stack.Until(t, 20*time.Second, "the workers to be back", func() bool {
+	stack.Until(t, 30*time.Second, "the workers to be back", func() bool {
 		count := make(map[string]int)
 		for _, list := range users(t, system, access.AccountAgents) {
 			for _, user := range list {

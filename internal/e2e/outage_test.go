@@ -97,7 +97,7 @@ func TestPostgresAway(t *testing.T) {
 
 	for _, f := range flights {
 		f.land()
-		entries := l.wantClosed(f.key, 20*time.Second)
+		entries := l.wantClosed(f.key, 30*time.Second)
 		f.wantPaid(t, entries)
 		for i, p := range f.taps {
 			got, e := tokensOf(p.reply.text), entries[p.reply.request()]
@@ -113,7 +113,7 @@ func TestPostgresAway(t *testing.T) {
 		}
 	}
 
-	entries := l.wantClosed(loadKey, 20*time.Second)
+	entries := l.wantClosed(loadKey, 30*time.Second)
 	slices.SortFunc(replies, func(a, b loadReply) int { return a.began.Compare(b.began) })
 	paid, refused := 0, 0
 	for _, r := range replies {
@@ -220,7 +220,7 @@ func TestEdgesCutOffFromPostgres(t *testing.T) {
 					t.Errorf("a reply went on after the lease was lost: done %v, error %+v", p.reply.done, p.reply.err)
 				}
 			}
-			stack.Until(t, 20*time.Second, "a reply again", func() bool {
+			stack.Until(t, 30*time.Second, "a reply again", func() bool {
 				r := client.chat(t.Context(), true, priced(t, 5, nil))
 				return r.status == http.StatusOK && r.done
 			})

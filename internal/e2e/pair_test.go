@@ -87,7 +87,7 @@ func TestPairing(t *testing.T) {
 	raced := pairingKey()
 	dirs := []string{t.TempDir(), t.TempDir()}
 	rivals := []*stack.Process{worker(dirs[0], raced, "--machine-id", "a"), worker(dirs[1], raced, "--machine-id", "b")}
-	stack.Until(t, 20*time.Second, "one of two to be refused", func() bool { return !rivals[0].Alive() || !rivals[1].Alive() })
+	stack.Until(t, 30*time.Second, "one of two to be refused", func() bool { return !rivals[0].Alive() || !rivals[1].Alive() })
 	won := 0
 	if !rivals[0].Alive() {
 		won = 1
@@ -97,7 +97,7 @@ func TestPairing(t *testing.T) {
 		t.Errorf("the loser ended with %v:\n%s", loser.Err(), strings.Join(loser.Log(), "\n"))
 	}
 	id := identity(dirs[won])
-	stack.Until(t, 20*time.Second, "the agent to be up", func() bool {
+	stack.Until(t, 30*time.Second, "the agent to be up", func() bool {
 		a := agent(id.Agent)
 		return a != nil && a.State == adminapi.AgentUp && len(a.Models) == 1
 	})
@@ -114,7 +114,7 @@ func TestPairing(t *testing.T) {
 	}
 	for _, key := range []string{"", raced} {
 		again := worker(dirs[won], key)
-		stack.Until(t, 20*time.Second, "the worker to serve again", func() bool { return logged(again, "serving model") })
+		stack.Until(t, 30*time.Second, "the worker to serve again", func() bool { return logged(again, "serving model") })
 		wantWhole(t, c.chat(t.Context(), true, map[string]any{"model": "rig-model"}))
 		if now := identity(dirs[won]); now != id {
 			t.Error("another identity")
@@ -133,7 +133,7 @@ func TestPairing(t *testing.T) {
 		{pairingKey(), string(rune('a' + won)), "already paired"},
 	} {
 		p := worker(t.TempDir(), test.key, "--machine-id", test.machine)
-		stack.Until(t, 20*time.Second, "a refusal", func() bool { return !p.Alive() })
+		stack.Until(t, 30*time.Second, "a refusal", func() bool { return !p.Alive() })
 		if exitCode(p) != 1 || !logged(p, test.says) {
 			t.Errorf("%s: %v", test.says, p.Err())
 		}
@@ -141,21 +141,21 @@ func TestPairing(t *testing.T) {
 
 	// Removed, it is cut off at once, and doesn't get in again.
 	last := worker(dirs[won], "")
-	stack.Until(t, 20*time.Second, "the worker to serve again", func() bool { return logged(last, "serving model") })
+	stack.Until(t, 30*time.Second, "the worker to serve again", func() bool { return logged(last, "serving model") })
 	var gone adminapi.Agent
 	ownllm(&gone, "agents", "remove", string(id.Agent))
 	removed := time.Now()
 	stack.Until(t, 2*time.Second, "the worker to be cut off", func() bool { return logged(last, "bus connection lost") })
 	t.Logf("cut off %s after the removal", time.Since(removed))
 	stack.Until(t, 2*time.Second, "the agent to be gone", func() bool { return agent(id.Agent) == nil })
-	stack.Until(t, 10*time.Second, "the worker to be turned away", func() bool { return logged(last, "turns this worker away") })
+	stack.Until(t, 30*time.Second, "the worker to be turned away", func() bool { return logged(last, "turns this worker away") })
 	r := c.chat(t.Context(), true, map[string]any{"model": "rig-model"})
 	if r.code() != string(schemas.CodeModelNotFound) {
 		t.Errorf("a model that only a removed agent had: %+v", r)
 	}
 	// Its machine can be paired anew.
 	anew := worker(dirs[won], pairingKey(), "--machine-id", string(rune('a'+won)))
-	stack.Until(t, 20*time.Second, "the worker to serve again", func() bool { return logged(anew, "serving model") })
+	stack.Until(t, 30*time.Second, "the worker to serve again", func() bool { return logged(anew, "serving model") })
 	if identity(dirs[won]).Agent == id.Agent {
 		t.Error("the same agent")
 	}

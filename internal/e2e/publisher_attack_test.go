@@ -229,12 +229,12 @@ func attackBroker(t *testing.T, store *books.Store, key apikey.Key, url, token s
 			t.Errorf("%s was published: %.200s", m.Subject, m.Data)
 		}
 	}
-	for id, e := range l.wantClosed(theirs, 10*time.Second) {
+	for id, e := range l.wantClosed(theirs, 30*time.Second) {
 		if id != string(first.Request) || e.Outcome != "done" {
 			t.Errorf("the ledger of the victim has %s: %+v", id, e)
 		}
 	}
-	if mine := l.wantClosed(ours, 10*time.Second); len(mine) > 0 {
+	if mine := l.wantClosed(ours, 30*time.Second); len(mine) > 0 {
 		t.Errorf("the ledger has %v", mine)
 	}
 	t.Logf("%d attempts", sent)

@@ -177,7 +177,7 @@ func cutOff(t *testing.T, store *books.Store, url string) {
 			if change.undo != nil {
 				must(change.undo())
 				// What is valid again lets in again.
-				stack.Until(t, 10*time.Second, "the way back", func() bool {
+				stack.Until(t, 30*time.Second, "the way back", func() bool {
 					nc, err := nats.Connect(url, nats.Token(secret.Reveal()))
 					if err == nil {
 						nc.Close()

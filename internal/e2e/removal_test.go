@@ -57,7 +57,7 @@ func TestRemovalCutsAtOnce(t *testing.T) {
 	before := refusals()
 	again := stack.Run(t, "worker", []string{"OWNLLM_NATS_URL=" + c.NATSURL()}, stack.Binary(t, stack.OwnLLM), "worker", "--data-dir", dir,
 		"--backend", backend.URL, "--model", model, "--ops-listen", "127.0.0.1:0", "--server", "http://"+edges[1].Addr)
-	stack.Until(t, 20*time.Second, "the bus to turn the worker away", func() bool { return refusals() > before })
+	stack.Until(t, 30*time.Second, "the bus to turn the worker away", func() bool { return refusals() > before })
 	for range 8 {
 		for i, client := range clients {
 			if r := client.chat(ctx, false, map[string]any{"model": model}); r.code() != string(schemas.CodeModelNotFound) {

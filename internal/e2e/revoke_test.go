@@ -99,14 +99,14 @@ func TestChangesEndRunningReplies(t *testing.T) {
 			if last > time.Second+slack {
 				t.Errorf("the last reply ended %s after the change", last)
 			}
-			entries := c.ledger.wantClosed(k.ID, 5*time.Second)
+			entries := c.ledger.wantClosed(k.ID, 30*time.Second)
 			for i, r := range replies {
 				e, ok := entries[r.request()]
 				if !ok || e.Outcome != "error" || e.Completion < int64(tokensOf(r.text)) || i >= len(clients) && e.Cost != 0 {
 					t.Errorf("request %d got %d tokens, and the ledger has %+v, %v", i, tokensOf(r.text), e, ok)
 				}
 			}
-			stack.Until(t, 10*time.Second, "the backend to be idle", func() bool { return c.backend.Stats().Active == 0 })
+			stack.Until(t, 30*time.Second, "the backend to be idle", func() bool { return c.backend.Stats().Active == 0 })
 			if change.undo != nil {
 				if err := change.undo(); err != nil {
 					t.Error(err)

@@ -102,7 +102,7 @@ func TestRollingRestart(t *testing.T) {
 	}
 	running := func() {
 		before := backend.Stats().Tokens
-		stack.Until(t, 20*time.Second, "replies to run", func() bool {
+		stack.Until(t, 30*time.Second, "replies to run", func() bool {
 			s := backend.Stats()
 			return s.Active >= clients/2 && s.Tokens > before+5*clients
 		})
@@ -127,7 +127,7 @@ func TestRollingRestart(t *testing.T) {
 	load.Wait()
 
 	ledger := openLedger(t, c.DatabaseURL)
-	entries := ledger.wantClosed(key, 10*time.Second)
+	entries := ledger.wantClosed(key, 30*time.Second)
 	if len(entries) != len(replies) {
 		t.Errorf("%d replies, and %d rows in the ledger", len(replies), len(entries))
 	}
@@ -147,14 +147,14 @@ func TestRollingRestart(t *testing.T) {
 		t.Errorf("the agents were %v", agents)
 	}
 	t.Logf("%d replies, %d calls of the backend, %d requests not taken by the first edge", len(replies), backend.Stats().Started, lb.refused)
-	stack.Until(t, 10*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	stack.Until(t, 30*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
 }
 
 // TestDrainRunsOut asks workers to stop whose replies take longer than they are given: while
 // there is another worker it goes on with them, and else each ends with an error that says
 // so.
 func TestDrainRunsOut(t *testing.T) {
-	const streams, tokens, perSecond = 6, 100, 20
+	const streams, tokens, perSecond = 6, 200, 20
 	backends := []*stack.Backend{stack.StartBackend(t, longDemo()), stack.StartBackend(t, longDemo())}
 	c := stack.StartCluster(t)
 	edge := c.StartEdge()
@@ -166,7 +166,7 @@ func TestDrainRunsOut(t *testing.T) {
 	var stopping sync.WaitGroup
 	stopAfter := func(backend *stack.Backend, worker func() *stack.Worker) {
 		stopping.Go(func() {
-			stack.Until(t, 20*time.Second, "replies to run", func() bool {
+			stack.Until(t, 30*time.Second, "replies to run", func() bool {
 				s := backend.Stats()
 				return s.Active == streams && s.Tokens > 10*streams
 			})
@@ -203,7 +203,7 @@ func TestDrainRunsOut(t *testing.T) {
 
 	before := backends[1].Stats().Tokens
 	stopAfter(backends[1], func() *stack.Worker {
-		stack.Until(t, 20*time.Second, "tokens", func() bool { return backends[1].Stats().Tokens > before+10*streams })
+		stack.Until(t, 30*time.Second, "tokens", func() bool { return backends[1].Stats().Tokens > before+10*streams })
 		return second
 	})
 	ends := make([]time.Time, streams)
@@ -229,7 +229,7 @@ func TestDrainRunsOut(t *testing.T) {
 			t.Errorf("reply %d ended %s after the signal", i, took)
 		}
 	}
-	entries := openLedger(t, c.DatabaseURL).wantClosed(key, 10*time.Second)
+	entries := openLedger(t, c.DatabaseURL).wantClosed(key, 30*time.Second)
 	outcomes := make(map[string]int)
 	for _, e := range entries {
 		outcomes[e.Outcome]++
@@ -237,7 +237,7 @@ func TestDrainRunsOut(t *testing.T) {
 	if len(entries) != 2*streams || outcomes["done"] != streams || outcomes["error"] != streams {
 		t.Errorf("the ledger has %v", outcomes)
 	}
-	stack.Until(t, 10*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
+	stack.Until(t, 30*time.Second, "an empty queue", func() bool { return jobs(t, c) == 0 })
 }
 
 // TestNewEdgeListensFirst: an edge takes requests before it has heard who is there. The first

@@ -169,7 +169,7 @@ func TestQueueFull(t *testing.T) {
 		})
 	}
 	var r reply
-	stack.Until(t, 10*time.Second, "queue_full", func() bool {
+	stack.Until(t, 30*time.Second, "queue_full", func() bool {
 		short, stop := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		defer stop()
 		r = c.chat(short, true, nil)
@@ -181,7 +181,7 @@ func TestQueueFull(t *testing.T) {
 	// Everyone leaves: the queue is empty again, and the backend free.
 	cancel()
 	queued.Wait()
-	stack.Until(t, 5*time.Second, "room in the queue", func() bool {
+	stack.Until(t, 30*time.Second, "room in the queue", func() bool {
 		return c.chat(t.Context(), true, nil).done
 	})
 }

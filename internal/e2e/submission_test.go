@@ -33,7 +33,7 @@ func newSubmitter(t *testing.T, c *stack.Cluster, n books.NewKey) *submitter {
 func (s *submitter) connect() *nats.Conn {
 	s.t.Helper()
 	var nc *nats.Conn
-	stack.Until(s.t, 20*time.Second, "the publisher to connect", func() (ok bool) {
+	stack.Until(s.t, 30*time.Second, "the publisher to connect", func() (ok bool) {
 		var err error
 		nc, err = nats.Connect(s.c.NATSURL(), nats.Token(s.secret), nats.CustomInboxPrefix(schemas.PublisherInboxPrefix(s.key)), nats.NoReconnect())
 		return err == nil
@@ -206,7 +206,7 @@ func TestSubmission(t *testing.T) {
 	if o := s.submit("a.b *>", says("first")); !o.Duplicate || o.State != schemas.SubmissionDone {
 		t.Errorf("again: %+v, %+v", o, o.Error)
 	}
-	stack.Until(t, 20*time.Second, "the ledger to have the run", func() bool { return s.executions() > 0 })
+	stack.Until(t, 30*time.Second, "the ledger to have the run", func() bool { return s.executions() > 0 })
 	if n := backend.Stats().Started; n != 1 || s.executions() != 1 {
 		t.Errorf("it was run %d times, and %d times by the ledger", n, s.executions())
 	}
@@ -269,7 +269,7 @@ func TestSubmissionOutlivesEverything(t *testing.T) {
 	s := newSubmitter(t, c, books.NewKey{Concurrency: new(1)})
 	s.accept("runs", slow(8*time.Second))
 	s.accept("waits", says("later"))
-	stack.Until(t, 20*time.Second, "the first run", func() bool { return backend.Stats().Started == 1 })
+	stack.Until(t, 30*time.Second, "the first run", func() bool { return backend.Stats().Started == 1 })
 	c.Broker.Kill()
 	c.NATS.Kill()
 	c.StartNATS()
@@ -294,11 +294,11 @@ func TestSubmissionIsHandedOver(t *testing.T) {
 	s := newSubmitter(t, c, books.NewKey{})
 	s.accept("runs", slow(3*time.Second))
 	for i := range books.MaxLostRuns + 1 {
-		stack.Until(t, 20*time.Second, "a run", func() bool { return backend.Stats().Active == 1 })
+		stack.Until(t, 30*time.Second, "a run", func() bool { return backend.Stats().Active == 1 })
 		if err := c.Broker.Stop(); err != nil {
 			t.Fatal(i, err)
 		}
-		stack.Until(t, 20*time.Second, "the run to end", func() bool { return backend.Stats().Active == 0 })
+		stack.Until(t, 30*time.Second, "the run to end", func() bool { return backend.Stats().Active == 0 })
 		c.StartBroker("--drain-timeout=500ms")
 	}
 	s.done("runs", "late")
@@ -359,7 +359,7 @@ func TestSubmissionWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range 5 {
-		stack.Until(t, 20*time.Second, "the end of what a revoked key waits for", func() bool {
+		stack.Until(t, 30*time.Second, "the end of what a revoked key waits for", func() bool {
 			sub, err := c.Books.FindSubmission(t.Context(), revoked.key, fmt.Sprint(i))
 			return err == nil && sub.State == schemas.SubmissionError && sub.Err.Code == schemas.CodeKeyInvalid
 		})
@@ -414,5 +414,5 @@ func TestSubmissionsOfTwoBrokers(t *testing.T) {
 	if st := backend.Stats(); st.Started != n || st.Peak > concurrency {
 		t.Errorf("%d were run, %d at once", st.Started, st.Peak)
 	}
-	stack.Until(t, 20*time.Second, "the ledger to have all runs", func() bool { return s.executions() == n })
+	stack.Until(t, 30*time.Second, "the ledger to have all runs", func() bool { return s.executions() == n })
 }

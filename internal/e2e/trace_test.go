@@ -91,7 +91,7 @@ func TestOneTrace(t *testing.T) {
 	s.accept("one", says("one"))
 	s.done("one", "one")
 	const run = "run submission"
-	stack.Until(t, 20*time.Second, "the span of the run", func() bool { return received.named("", run) != nil })
+	stack.Until(t, 30*time.Second, "the span of the run", func() bool { return received.named("", run) != nil })
 	received.wantChain(t, hex.EncodeToString(received.named("", run).TraceId), "", run, "send ownllm.v1.job", "process ownllm.v1.job", "chat demo")
 }
 
@@ -101,7 +101,7 @@ func (c *traces) wantChain(t *testing.T, trace, parent string, names ...string) 
 	up := parent
 	for _, name := range names {
 		var span *tracepb.Span
-		stack.Until(t, 20*time.Second, "the span "+name, func() bool {
+		stack.Until(t, 30*time.Second, "the span "+name, func() bool {
 			span = c.named(trace, name)
 			return span != nil
 		})

@@ -6,7 +6,6 @@ import (
 	"io"
 	"log"
 	"math"
-	"net"
 	"net/http/httptest"
 	"net/url"
 	"sync/atomic"
@@ -14,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/ownllm/ownllm/internal/port"
 	"github.com/ownllm/ownllm/worker/demo"
 )
 
@@ -277,12 +277,11 @@ func TestFaults(t *testing.T) {
 }
 
 func TestNobodyThere(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, release, err := port.Reserve()
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr := l.Addr().String()
-	l.Close()
+	defer release()
 	s := only(t, run(t, Config{URL: &url.URL{Scheme: "http", Host: addr}, Levels: []Level{{1, 1}}, Requests: 2}))
 	if len(s.Failures) != 1 || s.Failures[0].Cause != CauseRefused || s.Failures[0].Count != 2 {
 		t.Errorf("%+v", s.Failures)

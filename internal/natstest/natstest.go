@@ -17,6 +17,7 @@ import (
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/credential"
 	"github.com/ownllm/ownllm/broker/natsd"
+	"github.com/ownllm/ownllm/internal/port"
 	"github.com/ownllm/ownllm/schemas"
 )
 
@@ -34,9 +35,15 @@ type Server struct {
 // Start starts a server on a free port.
 func Start(t testing.TB) *Server {
 	t.Helper()
+	// Not one that the system chooses: somebody else might have it when Restart needs it.
+	address, release, err := port.Reserve()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(release)
 	s := &Server{t: t, agents: NewAgents()}
 	s.cfg = natsd.Config{
-		Listen: "127.0.0.1:0", WebSocket: "127.0.0.1:0", StoreDir: t.TempDir(), Token: "secret", Directory: s.agents, Log: Log,
+		Listen: address, WebSocket: "127.0.0.1:0", StoreDir: t.TempDir(), Token: "secret", Directory: s.agents, Log: Log,
 	}
 	s.start()
 	t.Cleanup(func() { s.server.Stop() })
@@ -50,7 +57,9 @@ func (s *Server) start() {
 		s.t.Fatal(err)
 	}
 	s.server = server
-	s.cfg.Listen = server.Addr()
+	if server.Addr() != s.cfg.Listen {
+		s.t.Fatalf("nats-server listens on %s instead of %s", server.Addr(), s.cfg.Listen)
+	}
 }
 
 // Restart stops the server, calls between, and starts it again with the same data on

@@ -25,6 +25,8 @@ type Books struct {
 	Away, Deaf bool
 	// Refuse is why nobody is let in.
 	Refuse books.Reason
+	// Hang holds up whoever wants to be let in, until it is closed.
+	Hang chan struct{}
 	// Epoch is that of the lease.
 	Epoch int64
 	// Ended are the requests that somebody else has ended.
@@ -57,6 +59,11 @@ func (l *Books) Set(change func()) {
 func (l *Books) Turn(_ context.Context, turn books.Turn) (out books.Outcomes, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if hang := l.Hang; hang != nil && len(turn.Admit) > 0 {
+		l.mu.Unlock()
+		<-hang
+		l.mu.Lock()
+	}
 	if l.Away || l.Deaf && len(turn.Settle) > 0 {
 		return out, books.ErrUnavailable
 	}
@@ -159,7 +166,7 @@ func (l *Books) Gate(t testing.TB, cfg quota.Config) *quota.Gate {
 // until waits for a condition that nothing signals.
 func until(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain for %s", what)
 		}

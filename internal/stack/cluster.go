@@ -29,6 +29,7 @@ type Cluster struct {
 	store       string   // where the nats-servers have their data
 	addrs       []string // of the nats-servers
 	routed      []string // where these find each other; empty: there is one
+	monitors    []string // where these tell how they are; as many as there are routes
 	token       string
 	DatabaseURL string
 	Books       *books.Store
@@ -43,6 +44,8 @@ type Cluster struct {
 	Broker  *Process
 	Brokers []*Broker
 	agents  int
+	// Program is the binary of the roles that are started from now on; empty: the present one.
+	Program string
 }
 
 // AdminToken opens the admin API of every edge of a Cluster.
@@ -85,6 +88,16 @@ func RestoreCluster(t testing.TB, of *Cluster, databaseURL, store string, broker
 	return c
 }
 
+// RestoreRouted starts three nats-servers that have nothing for what was another cluster, on a
+// copy of its database.
+func RestoreRouted(t testing.TB, of *Cluster, databaseURL string) *Cluster {
+	t.Helper()
+	c := newCluster(t, databaseURL, 3)
+	c.token, c.Key = of.token, of.Key
+	c.startRouted()
+	return c
+}
+
 // StartRouted is StartCluster with three nats-servers in a cluster.
 func StartRouted(t testing.TB, brokerArgs ...string) *Cluster {
 	t.Helper()
@@ -98,11 +111,17 @@ func StartRouted(t testing.TB, brokerArgs ...string) *Cluster {
 func NewRouted(t testing.TB, databaseURL string) *Cluster {
 	t.Helper()
 	c := newCluster(t, databaseURL, 3)
+	c.startRouted()
+	return c
+}
+
+func (c *Cluster) startRouted() {
+	c.t.Helper()
 	for range c.addrs {
-		c.routed = append(c.routed, FreeAddr(t))
+		c.routed = append(c.routed, FreeAddr(c.t))
+		c.monitors = append(c.monitors, FreeAddr(c.t))
 	}
 	c.StartNATS()
-	return c
 }
 
 func newCluster(t testing.TB, databaseURL string, servers int) *Cluster {
@@ -155,6 +174,19 @@ func (c *Cluster) RestartServer(i int) *Process {
 	return c.Servers[i]
 }
 
+// AwaitCurrent waits until one of the nats-servers of a routed cluster has all copies that it
+// should have, and these are up to date: until another one may be stopped.
+func (c *Cluster) AwaitCurrent(i int) {
+	c.t.Helper()
+	Until(c.t, startWait, "nats-server to be current", func() bool { return Answers("http://" + c.monitors[i] + "/healthz") })
+}
+
+// AwaitEnd waits until a process that was asked to end has ended.
+func (p *Process) AwaitEnd(wait time.Duration) {
+	p.t.Helper()
+	Until(p.t, wait, p.name+" to end", func() bool { return !p.Alive() })
+}
+
 // awaitServer waits until a nats-server takes connections.
 func (p *Process) awaitServer() {
 	p.t.Helper()
@@ -178,9 +210,12 @@ func (c *Cluster) startServer(i int) *Process {
 		for _, addr := range c.routed {
 			routes = append(routes, strconv.Quote("nats://"+user+":"+password+"@"+addr))
 		}
+		// A server that is to be replaced lets its clients stay for as long as our replies take,
+		// and sends one away every second after that.
+		text += "lame_duck_grace_period: \"3s\"\nlame_duck_duration: \"30s\"\n"
 		// Clients have all addresses. Those that servers tell would lead around a proxy.
-		text += fmt.Sprintf("server_name: %s\ncluster { name: test, no_advertise: true, listen: %q, authorization { user: %s, password: %s }, routes: [%s] }\n",
-			name, c.routed[i], user, password, strings.Join(routes, ", "))
+		text += fmt.Sprintf("server_name: %s\nhttp: %q\ncluster { name: test, no_advertise: true, listen: %q, authorization { user: %s, password: %s }, routes: [%s] }\n",
+			name, c.monitors[i], c.routed[i], user, password, strings.Join(routes, ", "))
 	}
 	config := filepath.Join(c.dir, name+".conf")
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
@@ -217,7 +252,11 @@ func (c *Cluster) launch(name string, args ...string) launched {
 	c.t.Helper()
 	ops := FreeAddr(c.t)
 	args = append([]string{name, "--ops-listen", ops}, args...)
-	p := launched{Run(c.t, name, c.env(), Binary(c.t, OwnLLM), args...), "/healthz"}
+	program := c.Program
+	if program == "" {
+		program = Binary(c.t, OwnLLM)
+	}
+	p := launched{Run(c.t, name, c.env(), program, args...), "/healthz"}
 	p.OpsURL = "http://" + ops
 	if name == "edge" {
 		p.check = "/readyz"

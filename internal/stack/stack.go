@@ -9,7 +9,6 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -24,6 +23,7 @@ import (
 	"github.com/ownllm/ownllm/broker/apikey"
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/internal/adminapi"
+	"github.com/ownllm/ownllm/internal/port"
 )
 
 // startWait bounds how long a process may take to be ready, and stopWait how long to
@@ -34,8 +34,7 @@ const (
 	lookEvery = 20 * time.Millisecond
 )
 
-// built are the binaries of this test process, by the package that they are built
-// from.
+// built are the binaries of this test process, by their names.
 var built struct {
 	mu   sync.Mutex
 	dir  string
@@ -46,9 +45,16 @@ var built struct {
 // path of the binary.
 func Binary(t testing.TB, pkg string) string {
 	t.Helper()
+	return build(t, filepath.Base(pkg), pkg, func(string) []string { return nil })
+}
+
+// build builds a main package once for each name. flags are further ones of the compiler;
+// what they need lies in the folder.
+func build(t testing.TB, name, pkg string, flags func(dir string) []string) string {
+	t.Helper()
 	built.mu.Lock()
 	defer built.mu.Unlock()
-	if p := built.path[pkg]; p != "" {
+	if p := built.path[name]; p != "" {
 		return p
 	}
 	if built.dir == "" {
@@ -58,15 +64,15 @@ func Binary(t testing.TB, pkg string) string {
 		}
 		built.dir, built.path = dir, make(map[string]string)
 	}
-	path := filepath.Join(built.dir, filepath.Base(pkg))
-	args := []string{"build", "-o", path}
+	path := filepath.Join(built.dir, name)
+	args := append([]string{"build", "-o", path}, flags(built.dir)...)
 	if pkg == OwnLLM {
 		args = append(args, buildFlags...)
 	}
 	if out, err := exec.CommandContext(t.Context(), "go", append(args, pkg)...).CombinedOutput(); err != nil {
 		t.Fatalf("build %s: %v\n%s", pkg, err, out)
 	}
-	built.path[pkg] = path
+	built.path[name] = path
 	return path
 }
 
@@ -277,15 +283,16 @@ func lift(t testing.TB, store *books.Store, secret apikey.Key) (books.Tenant, bo
 	return tenant, user, key
 }
 
-// FreeAddr is an address on which nobody listened a moment ago.
+// FreeAddr is an address on which nobody listens, and which nobody else is given before the
+// end of the test.
 func FreeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	address, release, err := port.Reserve()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Cleanup(release)
+	return address
 }
 
 // Answers reports whether a GET of the address gives the status 200.

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ownllm/ownllm/internal/port"
 	"github.com/ownllm/ownllm/internal/postgres"
 )
 
@@ -33,6 +34,7 @@ type site struct {
 	compose  *compose
 	address  *regexp.Regexp // service:port
 	ports    map[string]string
+	release  []func() // of the ports
 	database *postgres.Server
 	started  map[string]*process
 	order    []*process
@@ -118,18 +120,17 @@ func (s *site) start(ctx context.Context, name string) error {
 }
 
 // at is the address of a service's port on this machine.
-func (s *site) at(name, port string) string {
+func (s *site) at(name, number string) string {
 	if name == "balancer" && s.o.haproxy == "" {
 		name = "edge-1"
 	}
-	key := name + ":" + port
+	key := name + ":" + number
 	if s.ports[key] == "" {
-		l, err := net.Listen("tcp4", "127.0.0.1:0")
+		address, release, err := port.Reserve()
 		if err != nil {
 			return key // who listens there says what is wrong
 		}
-		defer l.Close()
-		s.ports[key] = l.Addr().String()
+		s.ports[key], s.release = address, append(s.release, release)
 	}
 	return s.ports[key]
 }
@@ -409,6 +410,9 @@ func (s *site) stop() error {
 		ctx, cancel := context.WithTimeout(context.Background(), stopWait)
 		defer cancel()
 		errs = append(errs, s.database.Stop(ctx))
+	}
+	for _, release := range s.release {
+		release()
 	}
 	return errors.Join(errs...)
 }

@@ -60,7 +60,9 @@ def main() -> None:
     params.endpoint_metrics = True
 
     server = xllamacpp.Server(params)
-    print(json.dumps({"url": server.listening_address, "model": args.alias}), flush=True)
+    # In one piece: the log's own thread may write to the same pipe.
+    line = json.dumps({"url": server.listening_address, "model": args.alias}) + "\n"
+    os.write(sys.stdout.fileno(), line.encode())
     threading.Event().wait()
 
 

@@ -31,7 +31,6 @@ package backend
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"strings"
 	"sync"
 	"time"
@@ -92,7 +91,7 @@ type Backend struct {
 	base      string // without /v1 and trailing slash
 	config    Config
 	upstream  map[string]string // public id → the server's own, if models were listed
-	transport *http.Transport
+	transport *transport
 	// lmStudio says that the server has LM Studio's own list of models, which tells
 	// more than OpenAI's.
 	lmStudio bool

@@ -9,7 +9,6 @@ import (
 	"io"
 	"mime"
 	"net/http"
-	"sync"
 	"time"
 
 	"github.com/tidwall/gjson"
@@ -164,8 +163,6 @@ func (b *Backend) refused(ctx context.Context, c *Call, resp *http.Response) err
 	complaint.retry = retryAfter(resp.Header)
 	return b.kind.refusal(c.Model, complaint)
 }
-
-var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, readBuffer) }}
 
 func (c *Call) prompt() int {
 	if c.Prompt == nil {
@@ -365,8 +362,8 @@ func (r *Reply) Close() error {
 		_, _ = io.CopyN(io.Discard, r.body, maxErrorBody)
 		timer.Stop()
 	}
-	r.cancel()
 	err := r.body.Close()
+	r.cancel() // not before: it would close a connection that can serve again
 	r.body = nil
 	if r.events.r != nil {
 		r.events.r.Reset(nil)

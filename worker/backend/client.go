@@ -7,9 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
-	"time"
 
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/propagation"
@@ -17,19 +15,6 @@ import (
 
 // maxAnswer bounds the answer to anything but a chat completion, in bytes.
 const maxAnswer = 16 << 20
-
-func newTransport() *http.Transport {
-	return &http.Transport{
-		Proxy:               http.ProxyFromEnvironment,
-		DialContext:         (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
-		TLSHandshakeTimeout: 5 * time.Second,
-		MaxIdleConnsPerHost: 1024,
-		IdleConnTimeout:     60 * time.Second,
-		DisableCompression:  true, // a compressed stream is a delayed stream
-		// Each open stream has one, and has long sent its request.
-		WriteBufferSize: 2 << 10,
-	}
-}
 
 // newRequest builds a request to the server. There is no timeout but the context's:
 // a generation takes as long as it takes.
@@ -44,10 +29,6 @@ func (b *Backend) newRequest(ctx context.Context, method, path string, body []by
 	}
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
-		// Servers close idle connections when they like (vLLM after 5 s). With this entry,
-		// which isn't sent, a request that meets such a connection and gets no answer at
-		// all is sent once more on a fresh one.
-		req.Header["Idempotency-Key"] = nil
 	}
 	if b.config.Key != "" {
 		req.Header.Set("Authorization", "Bearer "+b.config.Key.Reveal())

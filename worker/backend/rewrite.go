@@ -72,12 +72,18 @@ type rewriter struct {
 	// usage is the last usage object that the backend sent, last the chunk for the
 	// client that carries it.
 	usage, last []byte
+	// text is where the last chunk has its text, if one like it may come again, at where that is
+	// in what the client gets, and index the choice's.
+	text      span
+	at, index int
+	pattern   pattern
 }
 
 func (w *rewriter) reset(kind Kind, c *Call) {
 	w.partial = kind == LlamaCPP
 	w.message, w.stream, w.includeUsage = "message", c.Stream, c.IncludeUsage
 	w.prompt, w.completion = -1, -1
+	w.pattern.before = w.pattern.before[:0]
 	if from := c.Continue; from != nil {
 		w.continued, w.textual, w.base = true, from.Text != "", from.Tokens
 		w.repeated, w.blank = c.repeated, c.blank
@@ -103,6 +109,9 @@ func (w *rewriter) reset(kind Kind, c *Call) {
 // chunk appends the chunk for the client and a newline, or nothing if the client is
 // not to see it. On an error dst comes back as it was.
 func (w *rewriter) chunk(dst, data []byte) ([]byte, error) {
+	if dst, ok := w.again(dst, data); ok {
+		return dst, nil
+	}
 	start := len(dst)
 	dst, choices, usage, err := w.object(dst, data)
 	if err != nil {
@@ -118,8 +127,11 @@ func (w *rewriter) chunk(dst, data []byte) ([]byte, error) {
 	if w.includeUsage {
 		dst = append(dst, `,"usage":null`...)
 	}
-	dst = oneLine(append(dst, '}'), start)
-	return append(dst, '\n'), nil
+	dst = append(oneLine(append(dst, '}'), start), '\n')
+	if choices == 1 && w.text.ok() && (!usage.ok() || usage.start > w.text.end) {
+		w.pattern.learn(data, dst[start:], w.index, w.text, w.at-start, usage)
+	}
+	return dst, nil
 }
 
 // whole appends the reply that isn't streamed. prompt is the size of the prompt for a
@@ -156,7 +168,7 @@ func (w *rewriter) finished() bool {
 // caller, and returns how many choices it has and where in data its usage is.
 func (w *rewriter) object(dst, data []byte) (out []byte, choices int, usage span, err error) {
 	dst = append(dst, w.head...)
-	w.said, w.closing = false, false
+	w.said, w.closing, w.text = false, false, span{}
 	var flatError, hasChoices bool
 	var single int // index of the last choice
 	var timings, failure span
@@ -213,6 +225,9 @@ func (w *rewriter) object(dst, data []byte) (out []byte, choices int, usage span
 	}
 	if usage.ok() && !w.noteUsage(usage.of(data), choices, single) {
 		usage = span{}
+	}
+	if timings.ok() {
+		w.text = span{} // they differ from chunk to chunk
 	}
 	if timings.ok() && !usage.ok() {
 		w.noteTimings(timings.of(data), choices, single)
@@ -328,8 +343,13 @@ func (w *rewriter) appendChoice(dst, b []byte, i, position int) (out []byte, end
 	case d.size > 0:
 		c.counted++
 	}
+	if !first && !finished && !d.cut && w.repeated == "" && w.blank == "" && d.text.ok() && filled(d.text.of(b)) {
+		w.text, w.index = d.text, index
+	}
 	if hasIndex && hasMessage && hasFinish && !emptyFinish && !d.changes(first, w.stream) {
-		return append(dst, b[i:end]...), end, index, nil
+		dst = append(dst, b[i:end]...)
+		w.at = len(dst) - (end - d.text.start)
+		return dst, end, index, nil
 	}
 
 	dst = append(dst, '{')
@@ -503,6 +523,9 @@ func (w *rewriter) appendDelta(dst, b []byte, from int, d *delta, first bool) []
 			}
 		default:
 			dst = append(comma(dst, start), b[key:end]...)
+			if begin == d.text.start {
+				w.at = len(dst) - (end - begin)
+			}
 		}
 	}
 	return append(dst, '}')

@@ -122,7 +122,7 @@ func listen(t testing.TB, url, body string) transcript {
 // settled waits until no request is active.
 func settled(t testing.TB, s *Server) Stats {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		if stats := s.Stats(); stats.Active == 0 {
 			return stats
 		}

@@ -1,0 +1,92 @@
+package books_test
+
+import (
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/ownllm/ownllm/broker/books"
+	"github.com/ownllm/ownllm/schemas"
+)
+
+// A request that has a turn to itself gets what it would get among others, and leaves the same
+// behind.
+func TestOneIsAsMany(t *testing.T) {
+	s := open(t)
+	now := time.Now()
+	s.SetClock(func() time.Time { return now })
+	other := newClient(t, s, limits{concurrency: 1_000_000, qps: 1_000_000})
+	for name, l := range map[string]limits{
+		"budget":    {cents: 2, concurrency: 100, qps: 100_000},
+		"slots":     {concurrency: 3, qps: 100_000},
+		"rate":      {cents: 100, concurrency: 100, qps: 4},
+		"no bounds": {concurrency: 1000, qps: 100_000},
+	} {
+		t.Run(name, func(t *testing.T) {
+			one, many := newClient(t, s, l), newClient(t, s, l)
+			seed := rand.Uint64()
+			t.Logf("seed %d", seed)
+			r := rand.New(rand.NewPCG(seed, 0))
+			var asks [2][]books.Ask
+			for n := range 60 {
+				var turns [2]books.Turn
+				again, which, what := r.IntN(8) == 0, r.IntN(n+1), r.IntN(4)
+				prompt, limit := r.Int64N(400), r.Int64N(3)*r.Int64N(400)
+				settled := books.Settlement{
+					Completion: r.Int64N(500), Outcome: []books.Outcome{books.OutcomeDone, books.OutcomeError, books.OutcomeVoid, books.OutcomeCancelled}[r.IntN(4)],
+				}
+				if r.IntN(2) == 0 {
+					settled.Prompt = new(r.Int64N(400))
+				}
+				for i, c := range []*client{one, many} {
+					a := c.ask(prompt, limit)
+					if x := &turns[i]; what == 0 && len(asks[i]) > 0 {
+						settled.Request, settled.Key = asks[i][which%len(asks[i])].Request, c.key.ID
+						if again {
+							settled.Request = schemas.NewRequestID()
+						}
+						x.Settle = append(x.Settle, settled)
+					} else {
+						if again && len(asks[i]) > 0 {
+							a = asks[i][which%len(asks[i])]
+						}
+						asks[i] = append(asks[i], a)
+						x.Admit, x.Lease = append(x.Admit, a), c.lease
+						if n == 40 {
+							x.Lease.Epoch--
+						}
+					}
+				}
+				if x := &turns[1]; len(x.Settle) > 0 {
+					x.Settle = append(x.Settle, books.Settlement{Request: schemas.NewRequestID(), Key: other.key.ID, Outcome: books.OutcomeDone})
+				} else {
+					x.Admit = append(x.Admit, other.ask(1, 1))
+				}
+				got, err := s.Turn(t.Context(), turns[0])
+				one.must(err)
+				want, err := s.Turn(t.Context(), turns[1])
+				many.must(err)
+				want.Settled, want.Admit = want.Settled[:len(got.Settled)], want.Admit[:len(got.Admit)]
+				if diff := cmp.Diff(want, got); diff != "" {
+					t.Fatalf("step %d, %+v (-many +one):\n%s", n, turns[0], diff)
+				}
+				left := func(c *client) string {
+					text, err := books.Query[string](t.Context(), s, `SELECT jsonb_build_array(
+						(SELECT to_jsonb(a) - 'key_id' FROM key_accounts a WHERE a.key_id = $1),
+						(SELECT jsonb_agg(to_jsonb(b) - 'key_id' ORDER BY b.month) FROM budgets b WHERE b.key_id = $1),
+						(SELECT to_jsonb(b) - 'tenant_id' FROM tenant_buckets b WHERE b.tenant_id = $2),
+						(SELECT jsonb_agg(to_jsonb(r) - '{id,key_id,tenant_id,user_id,owner_id,epoch}'::text[] ORDER BY r.id) FROM reservations r WHERE r.key_id = $1),
+						(SELECT jsonb_agg(to_jsonb(l) - '{request_id,key_id,tenant_id,user_id}'::text[] ORDER BY l.request_id) FROM ledger l WHERE l.key_id = $1))::text`,
+						c.key.ID, c.tenant.ID)
+					c.must(err)
+					return text
+				}
+				if diff := cmp.Diff(left(many), left(one)); diff != "" {
+					t.Fatalf("step %d leaves, after %+v (-many +one):\n%s", n, turns[0], diff)
+				}
+			}
+		})
+	}
+}
