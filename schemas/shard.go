@@ -8,8 +8,8 @@ import "iter"
 // There is more than one because nats-server asks every consumer of a work queue, under the
 // lock of its stream, whenever a message is acknowledged, and each agent has a consumer for
 // each of its models. There aren't more because each is a Raft group in a cluster, and a
-// folder with files of its own on a disk; those of its consumers outnumber them from 16
-// agents on.
+// folder with files of its own on a disk, in which nats-server begins a new one whenever the
+// stream runs empty. The groups of consumers outnumber those of streams from 16 agents on.
 const JobShards = 16
 
 // JobShard is where the jobs of an agent are: FNV-1a of its id, in 32 bits, modulo JobShards,
