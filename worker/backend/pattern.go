@@ -28,34 +28,36 @@ func (p *pattern) learn(data, out []byte, index int, text span, at int, usage sp
 	p.index = index
 }
 
-// match returns where data has its text and its usage, if it is otherwise what was learnt and
-// its text isn't empty.
-func (p *pattern) match(data []byte) (text, usage span, ok bool) {
+// match returns where data has its text, if it is otherwise what was learnt and its text isn't
+// empty; and where its usage is, if there is one, and what that tells.
+func (p *pattern) match(data []byte) (text, usage span, prompt, completion int, ok bool) {
 	if len(p.before) == 0 || !bytes.HasPrefix(data, p.before) || len(data) == len(p.before) || data[len(p.before)] != '"' {
-		return text, usage, false
+		return
 	}
 	text = span{len(p.before), skipString(data, len(p.before))}
 	if text.end < 0 || !filled(text.of(data)) || !bytes.HasPrefix(data[text.end:], p.between) {
-		return text, usage, false
+		return
 	}
 	end := text.end + len(p.between)
 	if p.usage {
-		if end == len(data) || data[end] != '{' {
-			return text, usage, false
+		usage.start = end
+		if prompt, completion, end = readUsage(data, end); end < 0 || prompt < 0 && completion < 0 {
+			return
 		}
-		usage = span{end, skipValue(data, end, 1)}
-		if end = usage.end; end < 0 {
-			return text, usage, false
-		}
+		usage.end = end
 	}
-	return text, usage, string(data[end:]) == string(p.after)
+	return text, usage, prompt, completion, string(data[end:]) == string(p.after)
 }
 
 // again appends what becomes of a chunk that is like the last one, and reports whether it is.
 func (w *rewriter) again(dst, data []byte) ([]byte, bool) {
-	text, usage, ok := w.pattern.match(data)
-	if !ok || usage.ok() && !w.noteUsage(usage.of(data), 1, w.pattern.index) {
+	text, usage, prompt, completion, ok := w.pattern.match(data)
+	if !ok {
 		return dst, false
+	}
+	if usage.ok() {
+		w.usage = append(w.usage[:0], usage.of(data)...)
+		w.note(prompt, completion, 1, w.pattern.index)
 	}
 	w.said, w.closing = true, false
 	w.choices[w.pattern.index].counted++

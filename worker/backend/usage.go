@@ -112,8 +112,20 @@ func (w *rewriter) fresh() int {
 // the one choice that it came with; without choices, or in a whole reply, it is of
 // all. It returns false for an object that tells nothing.
 func (w *rewriter) noteUsage(raw []byte, choices, single int) bool {
-	prompt, completion := -1, -1
-	o := object{b: raw}
+	prompt, completion, _ := readUsage(raw, 0)
+	if prompt < 0 && completion < 0 {
+		return false
+	}
+	w.usage = append(w.usage[:0], raw...)
+	w.note(prompt, completion, choices, single)
+	return true
+}
+
+// readUsage reads the usage object at i and returns where it ends, or -1. A figure that it
+// doesn't tell is -1.
+func readUsage(b []byte, i int) (prompt, completion, end int) {
+	prompt, completion = -1, -1
+	o := object{b: b, i: i, depth: 1}
 	for o.next() {
 		start, end := o.skip()
 		if end < 0 {
@@ -121,21 +133,16 @@ func (w *rewriter) noteUsage(raw []byte, choices, single int) bool {
 		}
 		switch string(o.key) {
 		case "prompt_tokens":
-			if n, ok := count(raw[start:end]); ok {
+			if n, ok := count(b[start:end]); ok {
 				prompt = n
 			}
 		case "completion_tokens":
-			if n, ok := count(raw[start:end]); ok {
+			if n, ok := count(b[start:end]); ok {
 				completion = n
 			}
 		}
 	}
-	if prompt < 0 && completion < 0 {
-		return false
-	}
-	w.usage = append(w.usage[:0], raw...)
-	w.note(prompt, completion, choices, single)
-	return true
+	return prompt, completion, o.end()
 }
 
 // noteTimings keeps what llama.cpp tells of its own accord.
