@@ -20,9 +20,9 @@ type Outlook struct {
 }
 
 // maxOutlooks bounds how many requests have an outlook at the same time. One that is refused
-// in the end takes room from others meanwhile, and when many wait, one wait more or less
-// counts for little.
-const maxOutlooks = 8
+// in the end takes room from others meanwhile; and when many wait, CPU time counts, of which it
+// takes some to hold a job, rather than one wait more or less.
+const maxOutlooks = 2
 
 // refusedFor is how long a key that was refused is taken for one that may be again.
 const refusedFor = 10 * time.Second
