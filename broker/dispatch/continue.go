@@ -19,7 +19,7 @@ func errCutShort() *schemas.Error {
 // off. If nobody can, the reply ends with an error.
 func (r *Reply) failover() {
 	r.mu.Lock()
-	a := r.cur
+	a, stray := r.cur, r.stray
 	r.mu.Unlock()
 	// What was delivered is known for good only once no frame is taken any more.
 	delivered, ended := r.retire(a)
@@ -49,12 +49,17 @@ func (r *Reply) failover() {
 		return
 	}
 	r.d.metrics.Failover(r.ctx)
-	r.d.log.InfoContext(r.ctx, "agent went away, request goes to another", "request", r.req.ID, "agent", a.agent)
-	if failure != nil {
-		r.failed = with(r.failed, a.agent)
+	var err error
+	if stray {
+		r.d.log.WarnContext(r.ctx, "job went astray, request is queued again", "request", r.req.ID, "agent", a.agent)
+	} else {
+		r.d.log.InfoContext(r.ctx, "agent went away, request goes to another", "request", r.req.ID, "agent", a.agent)
+		if failure != nil {
+			r.failed = with(r.failed, a.agent)
+		}
+		err = r.attempt(with(r.failed, a.agent))
 	}
-	err := r.attempt(with(r.failed, a.agent))
-	if err != nil && failure == nil {
+	if stray || err != nil && failure == nil {
 		// The agent may be back already, as a new run.
 		err = r.attempt(r.failed)
 	}

@@ -442,6 +442,7 @@ func (r *Reply) publish(choice presence.Choice, ends uint64, outlook *quota.Outl
 	}
 	a.seq = seq
 	r.mu.Lock()
+	a.queued = time.Now()
 	r.bill.begun = true
 	r.mu.Unlock()
 	return nil

@@ -55,6 +55,7 @@ type attempt struct {
 	series      *metric.Series
 
 	// Guarded by Reply.mu.
+	queued  time.Time // when JetStream had it; zero until it has answered
 	held    bool      // its claim isn't answered before the request is admitted
 	waiting string    // where the answer to a claim that is held goes; empty: there is none
 	ahead   uint64    // the highest number of the frames of a run that is held
@@ -85,6 +86,8 @@ type Reply struct {
 	unreadLen int
 	delivered bool                  // a payload was handed to the reader or waits for it
 	lost      bool                  // the agent of cur is gone, or has failed
+	stray     bool                  // cur is lost on its way to an agent that is there
+	strays    int                   // how often that was so
 	failure   *schemas.Error        // how it failed
 	said      said                  // of a reply that can be continued
 	from      *schemas.Continuation // what the attempts continue; nil: nothing
@@ -215,7 +218,7 @@ func (r *Reply) Close() {
 func (r *Reply) retire(a *attempt) (delivered, ended bool) {
 	r.d.forget(a.nonce)
 	r.mu.Lock()
-	r.cur, r.lost = nil, false
+	r.cur, r.lost, r.stray = nil, false, false
 	delivered, ended = r.delivered, r.ended
 	claimed := !a.claimed.IsZero()
 	r.mu.Unlock()
@@ -390,6 +393,10 @@ func (r *Reply) sweep(now time.Time) {
 		r.expire("nothing came from the backend for %s", cfg.Idle)
 	case r.req.Stream && !a.began && a.run != "" && !a.loading && now.Sub(a.claimed) > cfg.FirstToken:
 		r.expire("the first token didn't come within %s", cfg.FirstToken)
+	case r.astray(a, now):
+		r.strays++
+		r.lost, r.stray = true, true
+		r.signal()
 	case r.tickDue(now):
 		r.tick, r.ticked = true, now
 		r.signal()

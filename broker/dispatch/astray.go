@@ -1,0 +1,27 @@
+package dispatch
+
+import "time"
+
+// A job can go astray: a server of a cluster may still hold the pull of a connection that is
+// gone, and hand the job to nobody. JetStream would deliver it again after bus.AckWait. An
+// agent that is idle for longer than any job needs to reach it shows that sooner, and the
+// request gets another attempt at once.
+
+const (
+	// strayAfter is how long a job may wait in the queue of an agent that is idle.
+	strayAfter = 3 * time.Second
+	// strayBeats is for how long after the job was queued the agent has to say that it is
+	// idle: word of before doesn't count.
+	strayBeats = 2 * time.Second
+	// mostStrays is how often that is done for a request. Each time it loses its place in
+	// the queue, should it have had one after all.
+	mostStrays = 2
+)
+
+// astray reports whether nobody will take the current attempt. r.mu is held.
+func (r *Reply) astray(a *attempt, now time.Time) bool {
+	if a.run != "" || a.queued.IsZero() || now.Sub(a.queued) < strayAfter || r.strays >= mostStrays {
+		return false
+	}
+	return r.d.agents.IdleAt(r.req.Tenant, a.agent, a.incarnation, a.queued).Sub(a.queued) > strayBeats
+}
