@@ -10,9 +10,9 @@ import "time"
 const (
 	// strayAfter is how long a job may wait in the queue of an agent that is idle.
 	strayAfter = 3 * time.Second
-	// strayBeats is for how long after the job was queued the agent has to say that it is
-	// idle: word of before doesn't count.
-	strayBeats = 2 * time.Second
+	// strayIdle is for how long of that its heartbeats have to show it: an agent that was cut
+	// off is idle when it comes back, too, until it has its job.
+	strayIdle = 1500 * time.Millisecond
 	// mostStrays is how often that is done for a request. Each time it loses its place in
 	// the queue, should it have had one after all.
 	mostStrays = 2
@@ -23,5 +23,5 @@ func (r *Reply) astray(a *attempt, now time.Time) bool {
 	if a.run != "" || a.queued.IsZero() || now.Sub(a.queued) < strayAfter || r.strays >= mostStrays {
 		return false
 	}
-	return r.d.agents.IdleAt(r.req.Tenant, a.agent, a.incarnation, a.queued).Sub(a.queued) > strayBeats
+	return r.d.agents.IdleFor(r.req.Tenant, a.agent, a.incarnation, a.queued) >= strayIdle
 }

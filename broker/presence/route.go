@@ -160,18 +160,6 @@ func (t *Table) Release(tenant schemas.TenantID, id schemas.AgentID, model strin
 	t.moved(a)
 }
 
-// IdleAt returns when a run of an agent last said that it is up and has nothing to do, if it
-// has said nothing else after the given time; else it returns the zero time.
-func (t *Table) IdleAt(tenant schemas.TenantID, id schemas.AgentID, run schemas.Incarnation, after time.Time) time.Time {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	a := t.tenants[tenant][id]
-	if a == nil || a.incarnation != run || a.state != schemas.AgentUp || a.busy.After(after) {
-		return time.Time{}
-	}
-	return a.lastSeen
-}
-
 // Capacity says how many requests the agents that can run the model now run at once, over
 // all their models, and how many this process has under way at them. Both are 0 if there is
 // none.

@@ -53,7 +53,7 @@ type agent struct {
 	running     int
 	waiting     int
 	slots       int
-	busy        time.Time      // when it last said that it has anything to do
+	idle        idleness
 	holds       bool           // it heeds Job.Hold
 	assigned    map[string]int // attempts that this process has under way, by model
 	underWay    int            // their sum
@@ -154,9 +154,7 @@ func (t *Table) Observe(tenant schemas.TenantID, id schemas.AgentID, hb *schemas
 	a.aside = time.Time{}
 	a.protocol = hb.Version
 	a.running, a.waiting, a.slots, a.holds = hb.Running, hb.Waiting, hb.Slots, hb.Holds
-	if a.running+a.waiting > 0 {
-		a.busy = now
-	}
+	a.idle.observe(hb, now)
 	switch hb.State {
 	case schemas.AgentBye:
 		if before != "" {
