@@ -48,7 +48,7 @@ build: ## build ./ownllm
 
 .PHONY: test
 test: setup vet lint cross ## everything, on real parts; installs what that needs
-	$(TEST) -race -p $(PARALLEL) -timeout 30m ./...
+	$(TEST) -race -p $(PARALLEL) -timeout 45m ./...
 
 .PHONY: check
 check: format vet lint ## the gate before a commit: format, vet, linter, short tests of each package
