@@ -82,8 +82,11 @@ func soakAsk(stream bool) map[string]any {
 }
 
 func startSoak(t *testing.T) *soak {
-	s := &soak{backend: stack.StartBackend(t, demo.Options{}), Cluster: stack.StartCluster(t)}
-	edges := s.StartEdges(2)
+	// A pool of connections to Postgres grows to its bound when it is asked much at once, which
+	// may be early or late, and each of them takes more memory than is looked for.
+	const fewConns = "--database-conns=4"
+	s := &soak{backend: stack.StartBackend(t, demo.Options{}), Cluster: stack.StartCluster(t, fewConns)}
+	edges := s.StartEdges(2, fewConns)
 	s.processes = map[string]*stack.Process{"broker": s.Broker, "edge 0": edges[0].Process, "edge 1": edges[1].Process}
 	for i := range 2 {
 		s.processes[fmt.Sprint("worker ", i)] = s.StartWorker(s.backend.URL).Serving().Process
