@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 )
@@ -48,13 +49,38 @@ func (q *Queue) retire(ctx context.Context) error {
 	return nil
 }
 
+// patiently asks JetStream for something, and again for as long as ctx allows while it has
+// no leader to answer: what is asked of a cluster then is often never answered at all.
+func patiently(ctx context.Context, ask func(context.Context) error) error {
+	const try = 5 * time.Second
+	for {
+		tryCtx, cancel := context.WithTimeout(ctx, try)
+		err := ask(tryCtx)
+		cancel()
+		if err == nil || !Down(err) && !leaderless(err) {
+			return err
+		}
+		timer := time.NewTimer(lookMost)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return err
+		case <-timer.C:
+		}
+	}
+}
+
 // provision creates or updates a stream, unless that would take it back.
 func (q *Queue) provision(ctx context.Context, cfg jetstream.StreamConfig) error {
-	if err := q.mayProvision(ctx, cfg); err != nil {
-		return fmt.Errorf("provision stream %s: %w", cfg.Name, err)
-	}
 	cfg.Metadata = map[string]string{streamVersionKey: strconv.Itoa(StreamVersion)}
-	if _, err := q.js.CreateOrUpdateStream(ctx, cfg); err != nil {
+	err := patiently(ctx, func(ctx context.Context) error {
+		if err := q.mayProvision(ctx, cfg); err != nil {
+			return err
+		}
+		_, err := q.js.CreateOrUpdateStream(ctx, cfg)
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("provision stream %s: %w", cfg.Name, err)
 	}
 	return nil

@@ -51,8 +51,9 @@ func NewQueue(nc *nats.Conn) (*Queue, error) {
 	return &Queue{nc, js}, nil
 }
 
-// provisionWait bounds Provision. In a cluster that has just started, streams wait for leaders.
-const provisionWait = 30 * time.Second
+// provisionWait bounds Provision. In a cluster that has just started, or has lost a server,
+// streams wait for leaders.
+const provisionWait = 45 * time.Second
 
 // Provision creates the streams of jobs, or updates them to the given bounds, and that of
 // usage reports. It can be called again and again, by several brokers. A stream is never
@@ -61,7 +62,7 @@ const provisionWait = 30 * time.Second
 func (q *Queue) Provision(ctx context.Context, cfg QueueConfig) error {
 	ctx, cancel := context.WithTimeout(ctx, provisionWait)
 	defer cancel()
-	if err := q.retire(ctx); err != nil {
+	if err := patiently(ctx, q.retire); err != nil {
 		return err
 	}
 	// At once: in a cluster each waits until it has a leader.

@@ -252,3 +252,19 @@ func TestQueueLosesItsLeader(t *testing.T) {
 	}
 	u.wantSettled(t)
 }
+
+// TestBrokerStartsWithoutLeader: a broker that starts while a nats-server of three is gone, and
+// with it perhaps whoever leads JetStream, waits for the others to choose.
+func TestBrokerStartsWithoutLeader(t *testing.T) {
+	args := []string{"--queue-replicas", "3"}
+	c := stack.StartRouted(t, args...)
+	for i, server := range c.Servers {
+		server.Kill()
+		broker := c.StartBroker(args...)
+		c.RestartServer(i)
+		c.AwaitCurrent(i)
+		if err := broker.Stop(); err != nil {
+			t.Errorf("the broker that started without nats-server %d ended with %v", i, err)
+		}
+	}
+}
