@@ -1,6 +1,6 @@
 -- What the broker does to the books for a single request, which is what a turn has as long as
 -- the machine isn't full: the rules of books_admit and books_settle, without what it takes
--- to decide on many at once, which is half of the CPU time. TestOneIsAsMany holds one against
+-- to decide on many at once, which costs a good part of the CPU time. TestOneIsAsMany holds one against
 -- the other.
 --
 -- As with those, the first in the transaction is books_lock.
