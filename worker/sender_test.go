@@ -82,7 +82,7 @@ func newBadLine(t *testing.T) *badLine {
 	}
 	inventory := schemas.Inventory{Models: []schemas.Model{{ID: testModel, State: schemas.ModelReady}}}
 	table.Observe(testTenant, testAgent, &schemas.Heartbeat{
-		Incarnation: schemas.NewIncarnation(), State: schemas.AgentUp, Inventory: &inventory, Hash: inventory.Hash(),
+		Version: schemas.ProtocolVersion, Incarnation: schemas.NewIncarnation(), State: schemas.AgentUp, Inventory: &inventory, Hash: inventory.Hash(),
 	}, time.Now())
 	for deadline := time.Now().Add(patience); l.barrier() != nil; {
 		if time.Now().After(deadline) {
