@@ -18,7 +18,7 @@ func Judge(err *schemas.Error, begun bool, rate quota.Rate) (waits books.WaitsFo
 func Backoff(tries int) time.Duration { return backoff(tries) }
 
 // Enter is enter, and Leave leave.
-func (s *Scheduler) Enter(c *books.Claim) bool { return s.enter(c) }
+func (s *Scheduler) Enter(list []books.Claim) []bool { return s.enter(list) }
 
 func (s *Scheduler) Leave(c *books.Claim) { s.leave(c) }
 

@@ -18,12 +18,16 @@ import (
 // maxCompletion bounds a completion, in bytes.
 const maxCompletion = 64 << 20
 
-// run runs one submission that was claimed, and ends or returns it. ctx ends, with a
-// *schemas.Error as its cause, when the run is to be broken off.
-func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
+// run runs one submission that was claimed, and ends or returns it; entered says whether
+// there is room for it at its model. ctx ends, with a *schemas.Error as its cause, when the
+// run is to be broken off.
+func (s *Scheduler) run(ctx context.Context, c *books.Claim, entered bool) {
 	s.Metrics.SubmissionBegun(ctx)
 	defer s.Metrics.SubmissionLeft(ctx)
 	defer s.forget(c)
+	if entered {
+		defer s.leave(c)
+	}
 	id, err := s.Keys.Identify(ctx, c.Key)
 	if err != nil {
 		s.refused(ctx, c, nil, err, quota.Rate{})
@@ -34,11 +38,10 @@ func (s *Scheduler) run(ctx context.Context, c *books.Claim) {
 		s.refused(ctx, c, nil, err, quota.Rate{})
 		return
 	}
-	if !s.enter(c) {
+	if !entered {
 		s.giveBack(ctx, books.Return{Claim: c, For: books.WaitsForCapacity, Pause: busyPause, Tries: c.Tries})
 		return
 	}
-	defer s.leave(c)
 	ctx, span := s.Tracer.Run(ctx)
 	if span.IsRecording() {
 		span.SetAttributes(trace.AttrRequest.String(string(req.ID)), trace.AttrTenant.String(string(c.Tenant)),
@@ -88,30 +91,6 @@ func (s *Scheduler) request(id books.Identity, c *books.Claim) (dispatch.Request
 		return req, nil, err
 	}
 	return req, s.Metrics.Series(schemas.OperationChat, model.Backend, req.Model), nil
-}
-
-// enter notes that a run goes to its model, or reports that there is no room. A little more
-// goes there than can run, so that no slot waits for us. If nobody has the model now,
-// whoever starts the request will say why.
-func (s *Scheduler) enter(c *books.Claim) bool {
-	slots, assigned := s.Agents.Capacity(c.Tenant, c.Model)
-	p := place{c.Tenant, c.Model}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if slots > 0 && max(assigned, s.under[p]) >= slots+max(slots/4, 1) {
-		return false
-	}
-	s.under[p]++
-	return true
-}
-
-func (s *Scheduler) leave(c *books.Claim) {
-	p := place{c.Tenant, c.Model}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.under[p]--; s.under[p] <= 0 {
-		delete(s.under, p)
-	}
 }
 
 func (s *Scheduler) forget(c *books.Claim) {

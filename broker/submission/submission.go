@@ -121,14 +121,8 @@ type Scheduler struct {
 
 	mu      sync.Mutex
 	running map[int64]int64   // the runs that this process has, by submission
-	under   map[place]int     // how many of them are at a model
+	rooms   map[place]*room   // those of them that are at a model
 	waiting map[name][]waiter // for results
-}
-
-// place is a model of a tenant.
-type place struct {
-	tenant schemas.TenantID
-	model  string
 }
 
 // name is what a publisher calls a submission.
@@ -141,7 +135,7 @@ type name struct {
 func New(p Parts, cfg Config) *Scheduler {
 	return &Scheduler{
 		Parts: p, cfg: cfg.withDefaults(), wake: make(chan struct{}, 1),
-		running: make(map[int64]int64), under: make(map[place]int), waiting: make(map[name][]waiter),
+		running: make(map[int64]int64), rooms: make(map[place]*room), waiting: make(map[name][]waiter),
 	}
 }
 
@@ -180,7 +174,9 @@ func (s *Scheduler) Run(ctx context.Context) error {
 		return nil
 	})
 	loops.Go(func() error {
-		s.schedule(ctx, func(c *books.Claim) { runs.Go(func() { s.run(work, c) }) })
+		s.schedule(ctx, func(c *books.Claim, entered bool) {
+			runs.Go(func() { s.run(work, c, entered) })
+		})
 		return nil
 	})
 	_ = loops.Wait() // they return nothing
@@ -225,7 +221,7 @@ func pause(ctx context.Context, d time.Duration) {
 }
 
 // schedule claims what can run, and begins it.
-func (s *Scheduler) schedule(ctx context.Context, begin func(*books.Claim)) {
+func (s *Scheduler) schedule(ctx context.Context, begin func(c *books.Claim, entered bool)) {
 	tick := time.NewTicker(s.cfg.Poll)
 	defer tick.Stop()
 	var strays time.Time // when it was last looked for them
@@ -236,8 +232,9 @@ func (s *Scheduler) schedule(ctx context.Context, begin func(*books.Claim)) {
 				s.Log.WarnContext(ctx, "submissions not claimed", "error", err)
 				strays = time.Time{} // some may have been
 			}
+			entered := s.enter(list)
 			for i := range list {
-				begin(&list[i])
+				begin(&list[i], entered[i])
 			}
 			if len(list) == 0 {
 				break

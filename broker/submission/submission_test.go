@@ -266,25 +266,74 @@ func TestRoom(t *testing.T) {
 	h := newHouse(t, submission.Config{})
 	agent, now := schemas.NewAgentID(), time.Now()
 	inventory := schemas.Inventory{Models: []schemas.Model{{ID: model, State: schemas.ModelReady}}}
-	c := &books.Claim{Tenant: h.id.Tenant, Model: model}
-	enter := func(most int) (n int) {
-		for n < most && h.s.Enter(c) {
-			n++
-		}
-		for range n {
-			h.s.Leave(c)
+	list := make([]books.Claim, 100)
+	for i := range list {
+		list[i] = books.Claim{Key: "a", Tenant: h.id.Tenant, Model: model}
+	}
+	enter := func() (n int) {
+		for i, entered := range h.s.Enter(list) {
+			if entered {
+				n++
+				defer h.s.Leave(&list[i])
+			}
 		}
 		return n
 	}
-	if n := enter(100); n != 100 {
+	if n := enter(); n != 100 {
 		t.Errorf("%d enter where nobody is, want all: they are told why", n)
 	}
 	for slots, want := range map[int]int{1: 2, 2: 3, 4: 5, 8: 10, 0: 2} {
 		h.table.Observe(h.id.Tenant, agent, &schemas.Heartbeat{
 			Version: schemas.ProtocolVersion, Incarnation: schemas.NewIncarnation(), State: schemas.AgentUp, Hash: inventory.Hash(), Inventory: &inventory, Slots: slots,
 		}, now)
-		if n := enter(100); n != want {
+		if n := enter(); n != want {
 			t.Errorf("%d enter for %d slots, want %d", n, slots, want)
 		}
+	}
+}
+
+// Where there isn't room for all, keys take turns, however many each has claimed, and in
+// whatever order that was.
+func TestTurns(t *testing.T) {
+	h := newHouse(t, submission.Config{})
+	inventory := schemas.Inventory{Models: []schemas.Model{{ID: model, State: schemas.ModelReady}}}
+	h.table.Observe(h.id.Tenant, schemas.NewAgentID(), &schemas.Heartbeat{
+		Version: schemas.ProtocolVersion, Incarnation: schemas.NewIncarnation(), State: schemas.AgentUp, Hash: inventory.Hash(), Inventory: &inventory, Slots: 4,
+	}, time.Now())
+	claims := func(keys string) (list []books.Claim) {
+		for _, k := range keys {
+			list = append(list, books.Claim{Key: schemas.KeyID(k), Tenant: h.id.Tenant, Model: model})
+		}
+		return list
+	}
+	enter := func(keys string) (in []books.Claim) {
+		list := claims(keys)
+		for i, entered := range h.s.Enter(list) {
+			if entered {
+				in = append(in, list[i])
+			}
+		}
+		return in
+	}
+	inside := enter("aaaaaaaa")
+	if len(inside) != 5 {
+		t.Fatalf("%d enter, want 5", len(inside))
+	}
+	for _, turn := range []struct{ who, enters string }{
+		{"aab", "b"}, {"aab", "a"}, {"baa", "b"}, {"abc", "c"}, {"cba", "a"}, {"ab", "b"}, {"aaaaa", "a"}, {"ad", "d"},
+	} {
+		h.s.Leave(&inside[0])
+		inside = inside[1:]
+		in := enter(turn.who)
+		if len(in) != 1 || string(in[0].Key) != turn.enters {
+			t.Errorf("of %q there enter %v, want %s", turn.who, in, turn.enters)
+		}
+		inside = append(inside, in...)
+	}
+	for i := range inside {
+		h.s.Leave(&inside[i])
+	}
+	if in := enter("abaa"); len(in) != 4 {
+		t.Errorf("%d enter where there is room for all 4", len(in))
 	}
 }
