@@ -69,6 +69,11 @@ type Config struct {
 	AgentNATSURL, NATSPort string
 	// AdminToken opens the admin API. Without one, the API is closed.
 	AdminToken string
+	// DrainDelay is how long the edge still serves new requests once it is to stop, and says
+	// already that it isn't ready: a load balancer needs a moment to see that. Each reply
+	// closes its connection then, so that none is left on which a request could come while
+	// it is being closed.
+	DrainDelay time.Duration
 	// Drain bounds how long running replies may take to finish once the edge stops.
 	Drain time.Duration
 	// Version is what the admin API says of the build.
@@ -193,9 +198,9 @@ func (e *Edge) routes() {
 	e.adminRoutes()
 }
 
-// Serve answers requests on the listener until ctx ends, then drains: it refuses new
-// connections, lets running replies finish within cfg.Drain, ends the others with an
-// error that says so, and returns.
+// Serve answers requests on the listener until ctx ends, and for cfg.DrainDelay after it.
+// Then it refuses new connections, lets running replies finish within cfg.Drain, ends the
+// others with an error that says so, and returns.
 func (e *Edge) Serve(ctx context.Context, l net.Listener) error {
 	l = listener{l, e.clients}
 	if e.cfg.CertFile != "" {
@@ -238,6 +243,7 @@ const (
 
 func (e *Edge) shutdown(ctx context.Context) error {
 	e.draining.Store(true)
+	time.Sleep(e.cfg.DrainDelay)
 	// fasthttp must not be asked twice: it would let idle connections go on in between,
 	// and the second time doesn't wait.
 	all, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.cfg.Drain+lastWords)

@@ -56,6 +56,9 @@ func (e *Edge) begin(c *fiber.Ctx) error {
 	}
 	c.Locals(callKey, in)
 	c.Set("X-Request-Id", string(in.id))
+	if e.draining.Load() {
+		c.Context().SetConnectionClose()
+	}
 	e.Metrics.RequestStarted(c.UserContext())
 	err := c.Next()
 	if err == nil {

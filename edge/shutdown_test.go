@@ -64,6 +64,44 @@ func TestDrain(t *testing.T) {
 	h.calm()
 }
 
+// While a load balancer may not have seen yet that an edge stops, the edge serves what comes,
+// over connections old and new, and leaves none of those open.
+func TestDrainDelay(t *testing.T) {
+	t.Parallel()
+	const delay = 2 * time.Second
+	h := build(t, plan{edge: edge.Config{DrainDelay: delay, Drain: patience}})
+	kept, silent := h.dial(), h.dial()
+	for _, c := range []*raw{kept, silent} {
+		c.send("GET /healthz HTTP/1.1\nHost: h\n\n")
+		c.whole("GET")
+	}
+	start := time.Now()
+	ended := make(chan error, 1)
+	go func() { ended <- h.end() }()
+	until(t, "the edge to say that it drains", func() bool { return h.edge.Readiness(t.Context()).Draining })
+	for name, c := range map[string]*raw{"a connection that was kept": kept, "a new connection": h.dial()} {
+		c.post(h.key, ask(`"demo":{"numbered":true,"tokens":3}`))
+		if resp, text := c.whole("POST"); resp.StatusCode != 200 || contents(text, false) != numbered(3) || !resp.Close {
+			t.Errorf("%s: %s, close %v, %s", name, resp.Status, resp.Close, text)
+		}
+		if _, err := c.r.ReadByte(); err != io.EOF {
+			t.Errorf("%s: %v, want EOF", name, err)
+		}
+	}
+	if _, err := silent.r.ReadByte(); err != io.EOF || time.Since(start) < delay {
+		t.Errorf("the idle connection: %v after %s, want EOF after %s", err, time.Since(start), delay)
+	}
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(patience):
+		t.Fatal("the edge didn't stop")
+	}
+	h.calm()
+}
+
 // What doesn't finish within the drain is ended with an error that says so, whatever it
 // is doing, and the edge stops even if a client doesn't listen.
 func TestDrainIsBounded(t *testing.T) {

@@ -27,7 +27,7 @@ func newEdge(w *owner, store *books.Store, tel *tele, o frontOptions, log *slog.
 		BaseDomain: o.http.BaseDomain, CORSOrigins: o.http.CORSOrigin, BodyLimit: int(o.http.BodyLimit),
 		FailureRate: o.limits.FailureRate, FailureBurst: o.limits.FailureBurst,
 		AgentNATSURL: o.agentNATSURL, NATSPort: o.natsPort,
-		AdminToken: o.adminToken.Reveal(), Drain: o.deadlines.DrainTimeout, Version: Version(),
+		AdminToken: o.adminToken.Reveal(), DrainDelay: o.http.DrainDelay, Drain: o.deadlines.DrainTimeout, Version: Version(),
 	}, edge.Parts{
 		Keys: w.keys, Agents: w.agents, Feed: w.feed, Aside: w.feed, Dispatcher: w.dispatcher, Gate: w.gate, Books: store, Queue: w.queue,
 		Desk: w.desk, Roster: w.roster,

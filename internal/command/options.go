@@ -229,6 +229,7 @@ type HTTPOptions struct {
 	BaseDomain   string         `placeholder:"DOMAIN" help:"On a host SLUG.DOMAIN only that tenant's keys are valid."`
 	CORSOrigin   []string       `name:"cors-origin" placeholder:"ORIGIN" help:"Origin whose pages may call the API, https://app.example.com say, or * for all. May be repeated."`
 	BodyLimit    ByteSize       `default:"32MB" placeholder:"SIZE" help:"Largest request body. Default: 32MB."`
+	DrainDelay   time.Duration  `default:"0s" placeholder:"DURATION" help:"How long new requests are still served after the signal to stop, while /readyz says that the edge drains: as long as a load balancer in front needs to see that. Default: 0s."`
 }
 
 func (o HTTPOptions) check(p *problems) {
@@ -246,6 +247,9 @@ func (o HTTPOptions) check(p *problems) {
 	}
 	if o.BodyLimit <= 0 {
 		p.add("--body-limit: no request has a body of 0 bytes")
+	}
+	if o.DrainDelay < 0 {
+		p.add("--drain-delay: %s isn't a time to wait", o.DrainDelay)
 	}
 }
 

@@ -108,7 +108,7 @@ func TestFlags(t *testing.T) {
 		"--nats-tls-cert", file, "--nats-tls-key", file, "--database-url", "postgresql://u:p@h/db",
 		"--listen", "0.0.0.0:0", "--ops-listen", "[::1]:9192", "--tls-cert", file, "--tls-key", file,
 		"--trusted-proxy", "10.0.0.0/8", "--trusted-proxy", "fd00::/8", "--base-domain", "ownllm.app",
-		"--body-limit", "1GiB", "--cold-wait", "0s", "--log-level", "debug", "--log-format", "json")
+		"--body-limit", "1GiB", "--drain-delay", "3s", "--cold-wait", "0s", "--log-level", "debug", "--log-format", "json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,7 +118,7 @@ func TestFlags(t *testing.T) {
 		ListenOptions:   ListenOptions{"0.0.0.0:0", OpsOptions{"[::1]:9192"}},
 		HTTPOptions: HTTPOptions{
 			file, file, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")},
-			"ownllm.app", []string{"https://a.example", "*"}, 1 << 30,
+			"ownllm.app", []string{"https://a.example", "*"}, 1 << 30, 3 * time.Second,
 		},
 		DeadlineOptions: DeadlineOptions{0, 120 * time.Second, 7 * time.Second, 10 * time.Minute, DrainOptions{30 * time.Second}},
 		LogOptions:      LogOptions{slog.LevelDebug, "json"},

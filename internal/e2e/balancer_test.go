@@ -102,7 +102,7 @@ func TestBalancer(t *testing.T) {
 	backend := stack.StartBackend(t, demo.Options{})
 	c := stack.StartCluster(t)
 	c.StartWorker(backend.URL).Serving()
-	edges := c.StartEdges(2)
+	edges := c.StartEdges(2, "--drain-delay", "3s") // for HAProxy, which takes 2 s to see that one leaves
 	awaitModel(t, edges, c.Key.Reveal(), demo.ModelID)
 	b := startBalancer(t, edges)
 	for i := range edges {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -113,11 +114,24 @@ func TestComposeStops(t *testing.T) {
 		return d
 	}
 	drain := span(`(?s)--drain-timeout.*?Default:\s+(\w+)`, help.String())
+	check := regexp.MustCompile(`inter (\d+)s fall (\d+)`).FindStringSubmatch(read(t, "scripts/compose/haproxy.cfg"))
+	if check == nil {
+		t.Fatal("HAProxy doesn't check its edges")
+	}
+	inter, _ := strconv.Atoi(check[1])
+	fall, _ := strconv.Atoi(check[2])
+	sees := time.Duration(inter*fall) * time.Second
 	lame := span(`(?m)^lame_duck_duration: "(\w+)"`, read(t, "scripts/compose/nats.conf"))
 	c := readCompose(t)
 	for name, s := range c.ours(t) {
-		if s.StopGrace < drain+5*time.Second || s.StopSignal != "" {
-			t.Errorf("%s has %s to end, and drains for %s", name, s.StopGrace, drain)
+		var delay time.Duration
+		if s.commands()[0][0] == "edge" {
+			if delay = span(`(.+)`, s.Environment["OWNLLM_DRAIN_DELAY"]); delay < sees+time.Second {
+				t.Errorf("%s goes on for %s, and HAProxy takes %s to see that it leaves", name, delay, sees)
+			}
+		}
+		if s.StopGrace < delay+drain+5*time.Second || s.StopSignal != "" {
+			t.Errorf("%s has %s to end, and drains for %s", name, s.StopGrace, delay+drain)
 		}
 	}
 	servers := 0
