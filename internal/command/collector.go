@@ -12,19 +12,21 @@ import (
 // much: with Go's default of 100 percent it would collect all the time, to save some
 // megabytes. But one that holds thousands of streams would, at 400, have hundreds of
 // megabytes of garbage. So the heap grows by so much only as long as it stays within
-// collectorFree, in bytes, and by collectorLeast beyond.
+// collectorFree, in bytes, and by collectorLeast beyond. Streams have stacks, too, of whose
+// size Go lets the heap grow by the same percentage.
 const (
 	collectorMost  = 400
 	collectorLeast = 25
-	collectorFree  = 256 << 20
+	collectorFree  = 200 << 20
 )
 
-// collectorPercent is by how much a heap may grow that has so many bytes in use.
-func collectorPercent(live uint64) int {
+// collectorPercent is by how much a heap may grow that has so many bytes in use, beside
+// stacks and globals of so many bytes.
+func collectorPercent(live, beside uint64) int {
 	if live >= collectorFree {
 		return collectorLeast
 	}
-	return int(min(max((collectorFree-live)*100/max(live, 1), collectorLeast), collectorMost))
+	return int(min(max((collectorFree-live)*100/max(live+beside, 1), collectorLeast), collectorMost))
 }
 
 // tuneCollector keeps the collector tuned, from each collection to the next.
@@ -38,9 +40,9 @@ func tuneCollector() {
 	// What nobody refers to is finalized after each collection.
 	var collected func(*[16]byte)
 	collected = func(sentinel *[16]byte) {
-		live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
-		metrics.Read(live)
-		percent := int64(collectorPercent(live[0].Value.Uint64()))
+		of := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/stack:bytes"}, {Name: "/gc/scan/globals:bytes"}}
+		metrics.Read(of)
+		percent := int64(collectorPercent(of[0].Value.Uint64(), of[1].Value.Uint64()+of[2].Value.Uint64()))
 		// It stops the world for an instant, which a small change isn't worth.
 		if old := set.Load(); percent*10 < old*9 || percent*9 > old*10 {
 			debug.SetGCPercent(int(percent))

@@ -8,12 +8,16 @@ import (
 )
 
 func TestCollectorPercent(t *testing.T) {
-	for live, want := range map[uint64]int{
-		0: 400, 1 << 20: 400, 51 << 20: 400, 64 << 20: 300, 128 << 20: 100, 160 << 20: 60,
-		200 << 20: 28, 250 << 20: 25, 256 << 20: 25, 8 << 30: 25,
+	for _, tt := range []struct {
+		live, beside uint64
+		want         int
+	}{
+		{0, 0, 400}, {1 << 20, 0, 400}, {40 << 20, 0, 400}, {50 << 20, 0, 300}, {100 << 20, 0, 100}, {125 << 20, 0, 60},
+		{156 << 20, 0, 28}, {195 << 20, 0, 25}, {200 << 20, 0, 25}, {8 << 30, 0, 25},
+		{0, 1 << 20, 400}, {40 << 20, 10 << 20, 320}, {100 << 20, 25 << 20, 80}, {200 << 20, 200 << 20, 25}, {8 << 30, 8 << 30, 25},
 	} {
-		if got := collectorPercent(live); got != want {
-			t.Errorf("with %d MB in use it is %d, want %d", live>>20, got, want)
+		if got := collectorPercent(tt.live, tt.beside); got != tt.want {
+			t.Errorf("with %d MB in use, and %d beside, it is %d, want %d", tt.live>>20, tt.beside>>20, got, tt.want)
 		}
 	}
 }

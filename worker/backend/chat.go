@@ -1,7 +1,6 @@
 package backend
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -118,14 +117,15 @@ func (b *Backend) chat(ctx context.Context, c *Call, body []byte) (*Reply, error
 		defer cancel()
 		return nil, b.refused(ctx, c, resp)
 	}
+	// The body refers to the answer, and so would an open stream to what was sent and the headers.
+	resp.Request, resp.Header = nil, nil
 	r := &Reply{kind: b.kind, call: c, cancel: cancel, body: resp.Body}
 	r.cause = func() error { return context.Cause(ctx) }
 	r.rewriter.reset(b.kind, c)
 	r.bounded = c.Stream && c.Allowed != nil
 	r.rewriter.hideTimings = r.bounded && b.kind == LlamaCPP && !gjson.GetBytes(c.Body, perToken).Exists()
 	if c.Stream {
-		r.events.r = readers.Get().(*bufio.Reader)
-		r.events.r.Reset(resp.Body)
+		r.events.begin(resp.Body)
 	}
 	return r, nil
 }
@@ -365,11 +365,7 @@ func (r *Reply) Close() error {
 	err := r.body.Close()
 	r.cancel() // not before: it would close a connection that can serve again
 	r.body = nil
-	if r.events.r != nil {
-		r.events.r.Reset(nil)
-		readers.Put(r.events.r)
-		r.events.r = nil
-	}
+	r.events.end()
 	if r.err == nil {
 		r.err = errDone
 	}

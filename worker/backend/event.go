@@ -8,8 +8,8 @@ import (
 )
 
 const (
-	// readBuffer is the size of the buffer that a stream is read through. Each open stream
-	// has one, and the connection's own behind it.
+	// readBuffer is the size of the buffer that a stream is read through. Its connection has
+	// another one of that size behind it, which is all that a stream has while it waits.
 	readBuffer = 4 << 10
 	// maxEvent bounds one event of a stream, in bytes: a tool call that comes whole
 	// may be large, a backend gone mad may not fill the memory.
@@ -29,6 +29,8 @@ var (
 // line that should end it.
 type events struct {
 	r *bufio.Reader
+	// body is what r reads from; nil: it can't be waited for but by a read.
+	body *body
 	// line is the beginning of a line that didn't fit the reader's buffer.
 	line []byte
 	// data is what the lines of the current event have told so far; it is kept apart
@@ -37,6 +39,20 @@ type events struct {
 	// open says that the current event has data, failed that it came in the field
 	// "error".
 	open, failed bool
+}
+
+// begin has them read from the body of an answer.
+func (e *events) begin(from io.Reader) {
+	e.r = takeReader(from)
+	e.body, _ = from.(*body) // else it is http.Transport's
+}
+
+// end gives the reader back, if there is one.
+func (e *events) end() {
+	if e.r != nil {
+		giveReader(e.r)
+		e.r, e.body = nil, nil
+	}
 }
 
 // next returns the data of the next event, valid until the following call, and
@@ -112,6 +128,7 @@ func (e *events) readLine(wait bool) ([]byte, error) {
 	}
 	e.line = e.line[:0]
 	for {
+		e.await()
 		part, err := e.r.ReadSlice('\n')
 		if len(e.line)+len(part) > maxEvent {
 			return nil, errTooLong
@@ -127,6 +144,17 @@ func (e *events) readLine(wait bool) ([]byte, error) {
 		part = bytes.TrimSuffix(part, []byte{'\n'})
 		return bytes.TrimSuffix(part, []byte{'\r'}), err
 	}
+}
+
+// await waits until there is more to read. Others have the reader meanwhile: most streams wait
+// most of the time.
+func (e *events) await() {
+	if e.body == nil || e.r.Buffered() > 0 {
+		return
+	}
+	giveReader(e.r)
+	e.body.await()
+	e.r = takeReader(e.body)
 }
 
 // field takes a line apart. It is ok for the fields that count; comments and the

@@ -173,24 +173,33 @@ func (c *conn) Read(p []byte) (int, error) {
 }
 
 // readers and writers are what answers are read and requests are written through. An open
-// stream keeps its reader, and has long sent its request.
+// stream keeps the reader of its connection, and has long sent its request.
 var (
 	readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, readBuffer) }}
 	writers = sync.Pool{New: func() any { return bufio.NewWriterSize(nil, readBuffer) }}
 )
 
+func takeReader(from io.Reader) *bufio.Reader {
+	r := readers.Get().(*bufio.Reader) // holds nothing else
+	r.Reset(from)
+	return r
+}
+
+func giveReader(r *bufio.Reader) {
+	r.Reset(nil)
+	readers.Put(r)
+}
+
 // exchange sends the request and reads the head of the answer. The connection belongs to the
 // answer's body then, and is closed if there is none.
 func (c *conn) exchange(req *http.Request) (*http.Response, error) {
 	stop := context.AfterFunc(req.Context(), func() { _ = c.Close() })
-	r := readers.Get().(*bufio.Reader) // holds nothing else
-	r.Reset(c)
+	r := takeReader(c)
 	resp, err := c.ask(req, r)
 	if err != nil {
 		stop()
 		_ = c.Close()
-		r.Reset(nil)
-		readers.Put(r)
+		giveReader(r)
 		return nil, err
 	}
 	resp.Body = &body{text: resp.Body, r: r, conn: c, stop: stop, whole: resp.Body == http.NoBody, last: resp.Close || req.Close}
@@ -256,14 +265,20 @@ func (b *body) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// await returns once a Read finds something: more of the answer, its end, or why there is none.
+func (b *body) await() {
+	if b.text != nil && !b.whole {
+		_, _ = b.r.Peek(1) // whose error a Read meets, too
+	}
+}
+
 // Close implements io.Closer. Unless the answer was read to its end, it closes the connection.
 func (b *body) Close() error {
 	if b.text == nil {
 		return nil
 	}
 	sound := b.stop() && b.whole && !b.last && b.r.Buffered() == 0
-	b.r.Reset(nil)
-	readers.Put(b.r)
+	giveReader(b.r)
 	b.text, b.r = nil, nil
 	if sound {
 		b.conn.of.keep(b.conn)

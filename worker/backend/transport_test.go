@@ -5,11 +5,16 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
+	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -158,6 +163,68 @@ func TestIdleConnectionsEnd(t *testing.T) {
 	tr.CloseIdleConnections()
 	if _, err := young.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("the young one: %v", err)
+	}
+}
+
+// TestStreamsLendTheirReaders shows that streams which wait, and leave their readers to others
+// meanwhile, come whole and in order, wherever they are cut; and that their connections serve
+// again.
+func TestStreamsLendTheirReaders(t *testing.T) {
+	const streams, length = 8, 40
+	var connections atomic.Int64
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		piece, _ := strconv.Atoi(r.URL.Query().Get("piece"))
+		var text []byte
+		for n := range length {
+			text = fmt.Appendf(text, "data: %s %d\n\n", r.URL.Query().Get("stream"), n)
+		}
+		for part := range slices.Chunk(text, piece) {
+			_, _ = w.Write(part)
+			_ = http.NewResponseController(w).Flush()
+		}
+	}))
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			connections.Add(1)
+		}
+	}
+	server.Start()
+	defer server.Close()
+	tr := newTransport()
+	defer tr.CloseIdleConnections()
+	for _, piece := range []int{1, 7, 500} {
+		var all sync.WaitGroup
+		for id := range streams {
+			all.Go(func() {
+				req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, fmt.Sprintf("%s?stream=%d&piece=%d", server.URL, id, piece), nil)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				resp, err := tr.RoundTrip(req)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer resp.Body.Close()
+				var e events
+				e.begin(resp.Body)
+				defer e.end()
+				for n := range length {
+					if data, _, err := e.next(true); err != nil || string(data) != fmt.Sprint(id, " ", n) {
+						t.Errorf("in pieces of %d, stream %d, event %d: %q, %v", piece, id, n, data, err)
+						return
+					}
+				}
+				if _, _, err := e.next(true); !errors.Is(err, io.EOF) {
+					t.Errorf("in pieces of %d, stream %d: it ends with %v", piece, id, err)
+				}
+			})
+		}
+		all.Wait()
+	}
+	if n := connections.Load(); n > streams {
+		t.Errorf("%d streams at once took %d connections", streams, n)
 	}
 }
 
