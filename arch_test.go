@@ -86,13 +86,13 @@ var floors = []struct {
 	{[]string{"broker"}, []string{"broker", "schemas"}},
 	{[]string{"edge"}, []string{"edge", "broker", "schemas", "internal/adminapi"}},
 	{[]string{"worker"}, []string{"worker", "broker", "schemas", "internal/secret"}},
-	{[]string{"internal/port", "internal/secret", "internal/postgres", "internal/telemetry"}, nil},
+	{[]string{"internal/collector", "internal/port", "internal/secret", "internal/postgres", "internal/telemetry"}, nil},
 	{[]string{"internal/adminapi"}, []string{"internal/secret", "schemas"}},
 	{[]string{"internal/load"}, []string{"internal/load", "internal/secret", "schemas"}},
-	{[]string{"internal/command"}, []string{"edge", "worker", "broker", "schemas", "internal/adminapi", "internal/load", "internal/postgres", "internal/secret", "internal/telemetry"}},
+	{[]string{"internal/command"}, []string{"edge", "worker", "broker", "schemas", "internal/adminapi", "internal/collector", "internal/load", "internal/postgres", "internal/secret", "internal/telemetry"}},
 	{[]string{"."}, []string{"internal/command"}},
 	// It founds tenants by the thousand, and runs workers by the thousand in one process.
-	{[]string{"internal/bench"}, []string{"worker", "broker", "schemas", "internal/adminapi", "internal/bench", "internal/load", "internal/secret"}},
+	{[]string{"internal/bench"}, []string{"worker", "broker", "schemas", "internal/adminapi", "internal/bench", "internal/collector", "internal/load", "internal/secret"}},
 	{[]string{"internal/topology"}, []string{"internal/port", "internal/postgres"}},
 	{helpers, []string{"worker", "broker", "schemas", "internal"}},
 }

@@ -58,7 +58,16 @@ func TestQuick(t *testing.T) {
 	if s := r.Streams; s == nil || s.Open.Streams != small.open || s.Open.Broker <= 0 || s.Open.Idle <= 0 || len(s.Paced.Rounds) != 1 {
 		t.Errorf("streams: %+v", s)
 	} else {
-		for side, g := range map[string]Gap{"direct": s.Paced.Rounds[0].Direct, "proxy": s.Paced.Rounds[0].Proxy, "broker": s.Paced.Rounds[0].Broker} {
+		if o := s.Open; o.Proxy <= 0 || o.Core <= 0 || o.Queue <= 0 || o.Postgres <= 0 {
+			t.Errorf("open: %+v", o)
+		}
+		r := s.Paced.Rounds[0]
+		for side, g := range map[string]Gap{
+			"direct": r.Direct, "proxy": r.Proxy, "core": r.Core, "queue": r.Queue, "postgres": r.Postgres, "broker": r.Broker,
+		} {
+			if (g.CPU > 0) != (side != "direct") {
+				t.Errorf("paced, %s: %+v", side, g)
+			}
 			// On a machine that is overrun tokens come in heaps, but never faster than they are made.
 			if g.P99 < g.P50 || g.P99 < 1000/tokenRate/2 || g.Cores <= 0 {
 				t.Errorf("paced, %s: %+v", side, g)

@@ -17,7 +17,7 @@ import (
 // minimal is a minimal path, a process of its own. See package floor.
 type minimal struct {
 	*process
-	addr     string
+	target
 	database bool
 }
 
@@ -52,11 +52,8 @@ func measureFloor(ctx context.Context, c config, dir string, stderr io.Writer) (
 		return nil, err
 	}
 	defer s.close()
-	for _, cfg := range []floor.Config{{}, {Queue: true}, {Queue: true, DatabaseURL: s.ready.DatabaseURL}} {
-		cfg.Backend, cfg.Dir = "http://"+s.direct.addr, filepath.Join(dir, fmt.Sprint("path", len(s.minimal)))
-		if err := s.startMinimal(ctx, cfg, stderr); err != nil {
-			return nil, err
-		}
+	if err := s.startFloor(ctx, dir, stderr); err != nil {
+		return nil, err
 	}
 	list := make([]Floored, len(floorWork))
 	for round := range c.rounds {
@@ -67,8 +64,8 @@ func measureFloor(ctx context.Context, c config, dir string, stderr io.Writer) (
 				of target
 				to *Figure
 			}{
-				{s.direct, &r.Direct}, {s.bare, &r.Proxy}, {target{addr: s.minimal[0].addr}, &r.Core},
-				{target{addr: s.minimal[1].addr}, &r.Queue}, {target{addr: s.minimal[2].addr}, &r.Postgres}, {s.through, &r.Broker},
+				{s.direct, &r.Direct}, {s.bare, &r.Proxy}, {s.minimal[0].target, &r.Core},
+				{s.minimal[1].target, &r.Queue}, {s.minimal[2].target, &r.Postgres}, {s.through, &r.Broker},
 			} {
 				if round == 0 {
 					if _, err := s.load(ctx, side.of, w, warmUp); err != nil {
@@ -86,6 +83,17 @@ func measureFloor(ctx context.Context, c config, dir string, stderr io.Writer) (
 	return list, nil
 }
 
+// startFloor starts the minimal paths, each with all that the one before has, in folders of dir.
+func (s *stack) startFloor(ctx context.Context, dir string, stderr io.Writer) error {
+	for _, cfg := range []floor.Config{{}, {Queue: true}, {Queue: true, DatabaseURL: s.ready.DatabaseURL}} {
+		cfg.Backend, cfg.Dir = "http://"+s.direct.addr, filepath.Join(dir, fmt.Sprint("path", len(s.minimal)))
+		if err := s.startMinimal(ctx, cfg, stderr); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // startMinimal starts this program another time, as a minimal path.
 func (s *stack) startMinimal(ctx context.Context, cfg floor.Config, stderr io.Writer) error {
 	input, err := json.Marshal(cfg)
@@ -94,7 +102,7 @@ func (s *stack) startMinimal(ctx context.Context, cfg floor.Config, stderr io.Wr
 	}
 	p, addr, err := startListening(ctx, bytes.NewReader(input), stderr, s.self, "-minimal")
 	if p != nil {
-		s.minimal = append(s.minimal, minimal{p, addr, cfg.DatabaseURL != ""})
+		s.minimal = append(s.minimal, minimal{p, target{addr: addr}, cfg.DatabaseURL != ""})
 	}
 	return err
 }

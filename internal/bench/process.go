@@ -241,18 +241,9 @@ func (a spent) minus(b spent) spent {
 // they are 0.
 func (s *stack) spent(t target) spent {
 	used := spent{backend: readStat(s.backend.pid()).own, client: readStat(os.Getpid()).own}
-	switch t.addr {
-	case s.direct.addr:
+	middle, database := s.middle(t)
+	if middle == nil {
 		return used
-	case s.bare.addr:
-		used.broker = readStat(s.proxy.pid()).own
-		return used
-	}
-	middle, database := s.broker, true
-	for _, m := range s.minimal {
-		if m.addr == t.addr {
-			middle, database = m.process, m.database
-		}
 	}
 	used.broker = readStat(middle.pid()).own
 	if database {
@@ -261,6 +252,23 @@ func (s *stack) spent(t target) spent {
 		}
 	}
 	return used
+}
+
+// middle is what stands between client and backend, nil if there is nothing, and whether it
+// uses Postgres.
+func (s *stack) middle(t target) (p *process, database bool) {
+	switch t.addr {
+	case s.direct.addr:
+		return nil, false
+	case s.bare.addr:
+		return s.proxy, false
+	}
+	for _, m := range s.minimal {
+		if m.addr == t.addr {
+			return m.process, m.database
+		}
+	}
+	return s.broker, true
 }
 
 // stat is what /proc/<pid>/stat says of a process.

@@ -33,11 +33,14 @@ type Paced struct {
 	Rounds          []PacedRound `json:"rounds"`
 }
 
-// PacedRound is one round of paced streams.
+// PacedRound is one round of paced streams. The sides are those of a FloorRound.
 type PacedRound struct {
-	Direct Gap `json:"direct"`
-	Proxy  Gap `json:"proxy"`
-	Broker Gap `json:"broker"`
+	Direct   Gap `json:"direct"`
+	Proxy    Gap `json:"proxy"`
+	Core     Gap `json:"core"`
+	Queue    Gap `json:"queue"`
+	Postgres Gap `json:"postgres"`
+	Broker   Gap `json:"broker"`
 }
 
 // Gap is the time between two tokens of a stream, in milliseconds, and what the round cost
@@ -47,15 +50,21 @@ type Gap struct {
 	P99 float64 `json:"p99_ms"`
 	// Cores is how many cores all processes together kept busy.
 	Cores float64 `json:"cores_busy"`
-	Torn  int64   `json:"torn,omitempty"` // see Figure
+	// CPU is what a token costs between client and backend, in microseconds, Postgres included.
+	CPU  float64 `json:"cpu_us_per_token"`
+	Torn int64   `json:"torn,omitempty"` // see Figure
 }
 
 // Open is what open streams take of memory, in bytes that are resident for each: in
-// `ownllm up`, which is edge, broker, NATS and worker, and in the bare proxy.
+// `ownllm up`, which is edge, broker, NATS and worker, in the bare proxy, and in the minimal
+// paths.
 type Open struct {
-	Streams int   `json:"streams"`
-	Broker  int64 `json:"broker_bytes_per_stream"`
-	Proxy   int64 `json:"proxy_bytes_per_stream"`
+	Streams  int   `json:"streams"`
+	Broker   int64 `json:"broker_bytes_per_stream"`
+	Proxy    int64 `json:"proxy_bytes_per_stream"`
+	Core     int64 `json:"core_bytes_per_stream"`
+	Queue    int64 `json:"queue_bytes_per_stream"`
+	Postgres int64 `json:"postgres_bytes_per_stream"`
 	// Idle is how much the broker had resident before.
 	Idle int64 `json:"broker_bytes_idle"`
 }
@@ -94,22 +103,37 @@ func measureStreams(ctx context.Context, c config, dir string, stderr io.Writer)
 	}
 	// More slots than streams, so that none of them waits for another one's end.
 	room := strconv.Itoa(2 * max(c.size.open, c.size.paced))
-	s, err := startStack(ctx, c.binary, filepath.Join(dir, "streams"), stderr, "--slots", room, "--queue-bound", room)
+	dir = filepath.Join(dir, "streams")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return nil, err
+	}
+	s, err := startStack(ctx, c.binary, dir, stderr, "--slots", room, "--queue-bound", room)
 	if err != nil {
 		return nil, err
 	}
 	defer s.close()
-	for _, t := range []target{s.bare, s.through} {
-		if _, err := s.load(ctx, t, workload{true, 32, 32}, warmUp); err != nil {
-			return nil, err
-		}
+	if err := s.startFloor(ctx, dir, stderr); err != nil {
+		return nil, err
 	}
 	result := &Streams{Open: Open{Streams: c.size.open}, Paced: Paced{Streams: c.size.paced, TokensPerSecond: tokenRate}}
-	if result.Open.Proxy, _, err = s.hold(ctx, s.bare, c.size, ""); err != nil {
-		return nil, err
-	}
-	if result.Open.Broker, result.Open.Idle, err = s.hold(ctx, s.through, c.size, c.profile); err != nil {
-		return nil, err
+	open := &result.Open
+	for _, side := range []struct {
+		of target
+		to *int64
+	}{
+		{s.bare, &open.Proxy}, {s.minimal[0].target, &open.Core}, {s.minimal[1].target, &open.Queue},
+		{s.minimal[2].target, &open.Postgres}, {s.through, &open.Broker},
+	} {
+		if _, err := s.load(ctx, side.of, workload{true, 32, 32}, warmUp); err != nil {
+			return nil, err
+		}
+		profile := ""
+		if side.of.addr == s.through.addr {
+			profile = c.profile
+		}
+		if *side.to, open.Idle, err = s.hold(ctx, side.of, c.size, profile); err != nil { // the broker is the last
+			return nil, err
+		}
 	}
 	fmt.Fprintln(stderr, "streams: opened and held")
 	for round := range c.rounds {
@@ -117,7 +141,10 @@ func measureStreams(ctx context.Context, c config, dir string, stderr io.Writer)
 		for _, side := range []struct {
 			of target
 			to *Gap
-		}{{s.direct, &r.Direct}, {s.bare, &r.Proxy}, {s.through, &r.Broker}} {
+		}{
+			{s.direct, &r.Direct}, {s.bare, &r.Proxy}, {s.minimal[0].target, &r.Core}, {s.minimal[1].target, &r.Queue},
+			{s.minimal[2].target, &r.Postgres}, {s.through, &r.Broker},
+		} {
 			if *side.to, err = s.pace(ctx, side.of, c.size.paced, c.size.pacedFor); err != nil {
 				return nil, err
 			}
@@ -150,7 +177,10 @@ func (s *stack) pace(ctx context.Context, t target, n int, d time.Duration) (Gap
 	if stage.InterToken == nil || sent.OK != sent.Sent && t.addr != s.bare.addr {
 		return Gap{}, fmt.Errorf("%d streams at %s: %+v, failures %+v, not whole %v", n, t.addr, sent, stage.Failures, stage.Breaches)
 	}
+	// As many streams came while it warmed up, for their time.
+	tokens := float64(sent.Sent) * (each + d).Seconds() / d.Seconds() * tokenRate * each.Seconds()
 	return Gap{
+		CPU: float64((used.broker + used.postgres).Microseconds()) / tokens,
 		P50: stage.InterToken.P50, P99: stage.InterToken.P99, Torn: sent.Sent - sent.OK,
 		Cores: (used.backend + used.broker + used.postgres + used.client).Seconds() / took.Seconds(),
 	}, nil
@@ -167,10 +197,8 @@ var (
 // broker's heap holds at that time is saved there.
 func (s *stack) hold(ctx context.Context, t target, size size, profile string) (each, idle int64, err error) {
 	n := size.open
-	pid := s.proxy.pid()
-	if t.addr == s.through.addr {
-		pid = s.broker.pid()
-	}
+	middle, _ := s.middle(t)
+	pid := middle.pid()
 	idle = resident(pid)
 	holding, end := context.WithCancelCause(ctx)
 	defer end(nil)
@@ -260,10 +288,10 @@ func parseResident(status string) int64 {
 }
 
 // over takes one value of each round.
-func (p *Paced) over(value func(PacedRound) float64) spread {
+func (p *Paced) over(value func(*PacedRound) float64) spread {
 	values := make([]float64, len(p.Rounds))
-	for i, r := range p.Rounds {
-		values[i] = value(r)
+	for i := range p.Rounds {
+		values[i] = value(&p.Rounds[i])
 	}
 	return spreadOf(values)
 }
@@ -271,24 +299,29 @@ func (p *Paced) over(value func(PacedRound) float64) spread {
 func (s *Streams) writeText(out *bufio.Writer) {
 	fmt.Fprintf(out, "\nTime between two tokens in ms, %d streams of %.0f tokens/s open at once\n\n", s.Paced.Streams, s.Paced.TokensPerSecond)
 	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(table, "\tdirect\tbare proxy\tbroker\tadded by it\tby a bare proxy")
-	for _, row := range []struct {
+	fmt.Fprintln(table, "\tp50\tp99\tp99 beyond direct\tCPU in µs for each token\tcores busy\tKB for each of the open ones")
+	for _, side := range []struct {
 		name string
-		of   func(Gap) float64
+		of   func(*PacedRound) *Gap
+		open int64
 	}{
-		{"p50", func(g Gap) float64 { return g.P50 }}, {"p99", func(g Gap) float64 { return g.P99 }},
-		{"cores busy", func(g Gap) float64 { return g.Cores }},
+		{"direct", func(r *PacedRound) *Gap { return &r.Direct }, 0},
+		{"bare proxy", func(r *PacedRound) *Gap { return &r.Proxy }, s.Open.Proxy},
+		{"NATS", func(r *PacedRound) *Gap { return &r.Core }, s.Open.Core},
+		{"+ queue", func(r *PacedRound) *Gap { return &r.Queue }, s.Open.Queue},
+		{"+ Postgres", func(r *PacedRound) *Gap { return &r.Postgres }, s.Open.Postgres},
+		{"broker", func(r *PacedRound) *Gap { return &r.Broker }, s.Open.Broker},
 	} {
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", row.name,
-			s.Paced.over(func(r PacedRound) float64 { return row.of(r.Direct) }).text(2),
-			s.Paced.over(func(r PacedRound) float64 { return row.of(r.Proxy) }).text(2),
-			s.Paced.over(func(r PacedRound) float64 { return row.of(r.Broker) }).text(2),
-			s.Paced.over(func(r PacedRound) float64 { return row.of(r.Broker) - row.of(r.Direct) }).text(2),
-			s.Paced.over(func(r PacedRound) float64 { return row.of(r.Proxy) - row.of(r.Direct) }).text(2))
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%.1f\n", side.name,
+			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).P50 }).text(2),
+			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).P99 }).text(2),
+			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).P99 - r.Direct.P99 }).text(2),
+			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).CPU }).text(1),
+			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).Cores }).text(2), float64(side.open)/1024)
 	}
 	_ = table.Flush() // writes to out, whose error counts
 
-	fmt.Fprintf(out, "\nMemory for each of %d open streams, resident: %.1f KB in ownllm up, which is edge, broker, NATS and\n"+
-		"worker and had %.0f MB before, %.1f KB in a bare proxy\n",
-		s.Open.Streams, float64(s.Open.Broker)/1024, float64(s.Open.Idle)/(1<<20), float64(s.Open.Proxy)/1024)
+	fmt.Fprintf(out, "\nThe CPU is of what stands between client and backend, Postgres too. The last column is resident memory for\n"+
+		"each of %d open streams, of `ownllm up` that of edge, broker, NATS and worker, which had %.0f MB before; without Postgres\n",
+		s.Open.Streams, float64(s.Open.Idle)/(1<<20))
 }

@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/ownllm/ownllm/internal/collector"
 )
 
 // part is something that runs until its context ends.
@@ -21,7 +23,7 @@ type part struct {
 // edge drains while its bus is there. They are stopped when ctx ends, or when any of
 // them ends by itself.
 func runParts(ctx context.Context, parts ...part) error {
-	tuneCollector()
+	collector.Tune()
 	type running struct {
 		cancel context.CancelFunc
 		done   chan error

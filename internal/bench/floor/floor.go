@@ -17,7 +17,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
-	"runtime/debug"
 	"strconv"
 	"sync"
 	"time"
@@ -30,6 +29,7 @@ import (
 
 	"github.com/ownllm/ownllm/broker/bus"
 	"github.com/ownllm/ownllm/broker/natsd"
+	"github.com/ownllm/ownllm/internal/collector"
 )
 
 // Config says which path it is.
@@ -47,15 +47,12 @@ type Config struct {
 }
 
 const (
-	token     = "floor"
-	jobs      = "floor.job"
-	replies   = "floor.out."
-	queue     = "FLOOR"
-	replyRoom = 1 << 10 // more frames than any reply has
-	rows      = 1000    // so many that requests seldom fight for one
-	poolSize  = 8
-	// growth is by how much a heap of `ownllm up` may grow between two collections.
-	growth = 400
+	token    = "floor"
+	jobs     = "floor.job"
+	replies  = "floor.out."
+	queue    = "FLOOR"
+	rows     = 1000 // so many that requests seldom fight for one
+	poolSize = 8
 	// leaveWait is how long running replies may take to finish.
 	leaveWait = time.Second
 )
@@ -76,12 +73,46 @@ type path struct {
 
 	mu   sync.Mutex
 	last uint64
-	open map[string]chan []byte // by id, what comes of the requests that wait
+	open map[string]*inbox // by id, what comes of the requests that wait
+}
+
+// inbox has the frames of a reply that nobody has read yet.
+type inbox struct {
+	wake chan struct{} // holds one token: there are some
+
+	mu     sync.Mutex
+	frames [][]byte
+}
+
+func (b *inbox) put(frame []byte) {
+	b.mu.Lock()
+	b.frames = append(b.frames, frame)
+	b.mu.Unlock()
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// next waits for a frame.
+func (b *inbox) next() []byte {
+	for {
+		b.mu.Lock()
+		if len(b.frames) > 0 {
+			frame := b.frames[0]
+			b.frames = b.frames[1:]
+			b.mu.Unlock()
+			return frame
+		}
+		b.frames = nil
+		b.mu.Unlock()
+		<-b.wake
+	}
 }
 
 // Serve runs a path until ctx ends. It says on stdout where it listens.
 func Serve(ctx context.Context, cfg Config, stdout io.Writer) error {
-	debug.SetGCPercent(growth)
+	collector.Tune()
 	log := slog.New(slog.DiscardHandler)
 	server, err := natsd.Start(ctx, natsd.Config{Listen: "127.0.0.1:0", StoreDir: cfg.Dir, Token: token, Log: log})
 	if err != nil {
@@ -89,7 +120,7 @@ func Serve(ctx context.Context, cfg Config, stdout io.Writer) error {
 	}
 	defer server.Stop()
 	address := bus.Config{URL: server.URL(), Password: token, InProcess: server}
-	p := &path{open: make(map[string]chan []byte)}
+	p := &path{open: make(map[string]*inbox)}
 	if p.nc, err = bus.Connect(address.As(bus.UserCore, "edge"), log); err != nil {
 		return err
 	}
@@ -197,7 +228,7 @@ func (p *path) chat(c *fiber.Ctx) error {
 		p.end(id)
 		return err
 	}
-	switch first := <-frames; first[0] {
+	switch first := frames.next(); first[0] {
 	case frameWhole:
 		p.end(id)
 		c.Response().Header.SetContentType(fiber.MIMEApplicationJSON)
@@ -213,8 +244,8 @@ func (p *path) chat(c *fiber.Ctx) error {
 }
 
 // begin makes room for the reply of a request.
-func (p *path) begin() (string, <-chan []byte) {
-	frames := make(chan []byte, replyRoom)
+func (p *path) begin() (string, *inbox) {
+	frames := &inbox{wake: make(chan struct{}, 1)}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.last++
@@ -234,9 +265,8 @@ func (p *path) heard(m *nats.Msg) {
 	p.mu.Lock()
 	frames := p.open[m.Subject[len(replies):]]
 	p.mu.Unlock()
-	select {
-	case frames <- m.Data:
-	default: // whom nobody reads for
+	if frames != nil { // else nobody waits any more
+		frames.put(m.Data)
 	}
 }
 
@@ -245,14 +275,14 @@ func (p *path) heard(m *nats.Msg) {
 type stream struct {
 	p      *path
 	id     string
-	frames <-chan []byte
+	frames *inbox
 	rest   []byte
 }
 
 // Read implements io.Reader.
 func (s *stream) Read(b []byte) (int, error) {
 	for len(s.rest) == 0 {
-		frame := <-s.frames
+		frame := s.frames.next()
 		switch frame[0] {
 		case frameChunk:
 			s.rest = frame[1:]

@@ -1,4 +1,4 @@
-package command
+package collector
 
 import (
 	"runtime"
@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-func TestCollectorPercent(t *testing.T) {
+func TestPercent(t *testing.T) {
 	for _, tt := range []struct {
 		live, beside uint64
 		want         int
@@ -16,17 +16,17 @@ func TestCollectorPercent(t *testing.T) {
 		{156 << 20, 0, 28}, {195 << 20, 0, 25}, {200 << 20, 0, 25}, {8 << 30, 0, 25},
 		{0, 1 << 20, 400}, {40 << 20, 10 << 20, 320}, {100 << 20, 25 << 20, 80}, {200 << 20, 200 << 20, 25}, {8 << 30, 8 << 30, 25},
 	} {
-		if got := collectorPercent(tt.live, tt.beside); got != tt.want {
+		if got := percentFor(tt.live, tt.beside); got != tt.want {
 			t.Errorf("with %d MB in use, and %d beside, it is %d, want %d", tt.live>>20, tt.beside>>20, got, tt.want)
 		}
 	}
 }
 
 // The collector is tuned anew when the heap has grown, and when it has shrunk again.
-func TestTuneCollector(t *testing.T) {
+func TestTune(t *testing.T) {
 	t.Setenv("GOGC", "")
 	defer debug.SetGCPercent(debug.SetGCPercent(100))
-	tuneCollector()
+	Tune()
 	percent := func() int {
 		p := debug.SetGCPercent(100)
 		debug.SetGCPercent(p)
@@ -42,13 +42,13 @@ func TestTuneCollector(t *testing.T) {
 			runtime.GC() // its finalizers run soon after
 		}
 	}
-	if got := percent(); got != collectorMost {
+	if got := percent(); got != most {
 		t.Fatalf("it begins with %d", got)
 	}
 	ballast := make([]byte, 200<<20)
 	await("with 200 MB in use", func(p int) bool { return p <= 30 })
 	runtime.KeepAlive(ballast)
 	ballast = nil
-	await("after that", func(p int) bool { return p == collectorMost })
+	await("after that", func(p int) bool { return p == most })
 	_ = ballast
 }
