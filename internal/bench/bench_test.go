@@ -58,7 +58,7 @@ func TestQuick(t *testing.T) {
 	if s := r.Streams; s == nil || s.Open.Streams != small.open || s.Open.Broker <= 0 || s.Open.Idle <= 0 || len(s.Paced.Rounds) != 1 {
 		t.Errorf("streams: %+v", s)
 	} else {
-		if o := s.Open; o.Proxy <= 0 || o.Core <= 0 || o.Queue <= 0 || o.Postgres <= 0 {
+		if o := s.Open; o.Proxy == 0 || o.Core == 0 || o.Queue == 0 || o.Postgres == 0 {
 			t.Errorf("open: %+v", o)
 		}
 		r := s.Paced.Rounds[0]

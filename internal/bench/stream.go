@@ -237,7 +237,21 @@ func (s *stack) hold(ctx context.Context, t target, size size, profile string) (
 	if !errors.Is(err, errHeld) {
 		return 0, 0, err
 	}
-	return grown / max(held, 1), idle, nil
+	return grown / max(held, 1), idle, s.settle(ctx)
+}
+
+// settle waits until the backend has ended what clients have left.
+func (s *stack) settle(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startWait)
+	defer cancel()
+	for {
+		if active, err := s.active(ctx); err != nil || active == 0 {
+			return err
+		}
+		if err := pause(ctx, gatherLook); err != nil {
+			return fmt.Errorf("the backend still has requests: %w", err)
+		}
+	}
 }
 
 // active is how many requests the backend runs.

@@ -50,6 +50,7 @@ const (
 	token    = "floor"
 	jobs     = "floor.job"
 	replies  = "floor.out."
+	leaves   = "floor.leave" // the id of a reply that nobody reads any more
 	queue    = "FLOOR"
 	rows     = 1000 // so many that requests seldom fight for one
 	poolSize = 8
@@ -277,6 +278,7 @@ type stream struct {
 	id     string
 	frames *inbox
 	rest   []byte
+	over   bool // the last frame has come
 }
 
 // Read implements io.Reader.
@@ -287,8 +289,10 @@ func (s *stream) Read(b []byte) (int, error) {
 		case frameChunk:
 			s.rest = frame[1:]
 		case frameEnd:
+			s.over = true
 			return 0, io.EOF
 		default:
+			s.over = true
 			return 0, io.ErrUnexpectedEOF
 		}
 	}
@@ -297,9 +301,12 @@ func (s *stream) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// Close implements io.Closer. The server calls it at the end.
+// Close implements io.Closer. The server calls it at the end, and when the client has left.
 func (s *stream) Close() error {
 	s.p.end(s.id)
+	if !s.over {
+		return s.p.nc.Publish(leaves, []byte(s.id))
+	}
 	return nil
 }
 

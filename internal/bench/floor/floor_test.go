@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 )
@@ -25,8 +26,10 @@ const (
 	whole  = `{"whole":true}`
 )
 
-// Replies come through as they are, and what the backend refuses is an error.
+// Replies come through as they are, what the backend refuses is an error, and it is told of
+// clients that leave.
 func TestPaths(t *testing.T) {
+	left := make(chan struct{})
 	backend := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch body, _ := io.ReadAll(r.Body); string(body) {
 		case "stream":
@@ -35,6 +38,13 @@ func TestPaths(t *testing.T) {
 				_, _ = io.WriteString(w, event)
 				w.(http.Flusher).Flush()
 			}
+		case "endless":
+			w.Header().Set("Content-Type", "text/event-stream; charset=utf-8")
+			for tick := time.Tick(time.Millisecond); r.Context().Err() == nil; <-tick {
+				_, _ = io.WriteString(w, events)
+				w.(http.Flusher).Flush()
+			}
+			left <- struct{}{}
 		case "whole":
 			_, _ = io.WriteString(w, whole)
 		default:
@@ -73,6 +83,13 @@ func TestPaths(t *testing.T) {
 					}
 				}
 			}
+			resp, err := client.Post(url+"/v1/chat/completions", "application/json", strings.NewReader("endless"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _ = io.ReadFull(resp.Body, make([]byte, len(events)))
+			_ = resp.Body.Close()
+			<-left
 			cancel()
 			if err := <-ended; err != nil {
 				t.Error(err)

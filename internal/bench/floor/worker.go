@@ -24,6 +24,9 @@ type worker struct {
 	url    string
 	client http.Client
 	jobs   sync.WaitGroup
+
+	mu      sync.Mutex
+	running map[string]context.CancelFunc // by id
 }
 
 // run takes jobs until ctx ends.
@@ -31,6 +34,10 @@ func (w *worker) run(ctx context.Context, queued bool) error {
 	transport := &http.Transport{MaxIdleConnsPerHost: backendConns, DisableCompression: true}
 	defer transport.CloseIdleConnections()
 	w.client.Transport = transport
+	w.running = make(map[string]context.CancelFunc)
+	if _, err := w.nc.Subscribe(leaves, func(m *nats.Msg) { w.cancel(string(m.Data)) }); err != nil {
+		return fmt.Errorf("listen to those who leave: %w", err)
+	}
 	take := w.listen
 	if queued {
 		take = w.pull
@@ -79,6 +86,11 @@ func (w *worker) pull(ctx context.Context) (stop func(), err error) {
 // serve does a job.
 func (w *worker) serve(ctx context.Context, job []byte) {
 	id, body := cut(job)
+	ctx, cancel := context.WithCancel(ctx)
+	w.mu.Lock()
+	w.running[id] = cancel
+	w.mu.Unlock()
+	defer w.cancel(id)
 	subject := replies + id
 	last := []byte{frameEnd}
 	if err := w.call(ctx, subject, body); errors.Is(err, errWhole) {
@@ -87,6 +99,17 @@ func (w *worker) serve(ctx context.Context, job []byte) {
 		last[0] = frameFail
 	}
 	_ = w.nc.Publish(subject, last) // there is nobody to tell
+}
+
+// cancel ends a job, if it runs.
+func (w *worker) cancel(id string) {
+	w.mu.Lock()
+	cancel := w.running[id]
+	delete(w.running, id)
+	w.mu.Unlock()
+	if cancel != nil {
+		cancel()
+	}
 }
 
 // errWhole says that the reply was not a stream, and needs no end.
