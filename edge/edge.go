@@ -123,9 +123,6 @@ const (
 	// headerLimit bounds the request line and headers, in bytes. Each connection that is open
 	// has a buffer of that size.
 	headerLimit = 8 << 10
-	// writeBuffer is the size in bytes of what each open stream has for what is sent: enough
-	// for some tokens at once.
-	writeBuffer = 2 << 10
 )
 
 // New returns an edge that isn't listening yet.
@@ -144,7 +141,6 @@ func New(cfg Config, parts Parts) *Edge {
 		BodyLimit:             cfg.BodyLimit,
 		StreamRequestBody:     true, // the key is checked before a body is read
 		ReadBufferSize:        headerLimit,
-		WriteBufferSize:       writeBuffer,
 		ReadTimeout:           cfg.HeaderTimeout,
 		IdleTimeout:           idleTimeout,
 		ErrorHandler:          e.fail,
