@@ -164,7 +164,8 @@ func (w *watched) append(ev dispatch.Event) {
 	case dispatch.EventTick:
 		w.buf = append(w.buf, keepAlive...)
 	case dispatch.EventDone, dispatch.EventError:
-		w.last = &ev
+		last := ev // allocated here, and not with each token
+		w.last = &last
 	}
 	w.out = w.buf
 }

@@ -15,6 +15,7 @@ import (
 var asyncSubjects = map[string][]string{
 	"JobSubject":        {strings.Replace(JobSubject("tenant", "agent", "model"), JobShard("agent"), "shard", 1)},
 	"OutSubject":        {OutSubject("agent", "owner", "nonce")},
+	"BundleSubject":     {BundleSubject("agent", "owner")},
 	"BodySubject":       {BodySubject("agent", "owner", "nonce")},
 	"ControlSubject":    {ControlSubject("agent")},
 	"HeartbeatSubject":  {HeartbeatSubject("tenant", "agent")},

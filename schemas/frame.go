@@ -77,7 +77,8 @@ func AppendFrame(dst []byte, f *Frame) ([]byte, error) {
 		dst = strconv.AppendInt(dst, int64(f.Tokens), 10)
 		dst = append(dst, '}')
 	} else {
-		head, err := json.Marshal(f)
+		other := *f // allocated here, and not by whoever sends a chunk
+		head, err := json.Marshal(&other)
 		if err != nil {
 			return nil, fmt.Errorf("encode frame: %w", err)
 		}

@@ -71,6 +71,8 @@ type Job struct {
 	// claim is granted, and the limit is that of the verdict. It is set only for a worker
 	// whose heartbeat says that it holds.
 	Hold bool `json:"hold,omitempty"`
+	// Bundle says that the owner takes frames in bundles, too, those of this attempt and others.
+	Bundle bool `json:"bundle,omitempty"`
 	// Continue is set on an attempt that goes on where another one broke off: the worker
 	// lets the backend say only what comes after the text.
 	Continue *Continuation `json:"continue,omitempty"`

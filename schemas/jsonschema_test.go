@@ -27,7 +27,7 @@ var wire = map[string]struct{ full, minimal any }{
 		&Job{
 			Version: ProtocolVersion, Request: NewRequestID(), Attempt: 1, Nonce: NewNonce(), Owner: NewOwnerID(), Tenant: NewTenantID(),
 			Key: NewKeyID(), Operation: "chat", Model: "qwen/qwen2.5:32b", Deadline: 1, ColdWait: 1, Stream: true, IncludeUsage: true,
-			Completion: NewRequestID().CompletionID(), Created: 1, ReplyModel: "m", Limit: 1, More: true, Count: true, CountLate: true, Hold: true, BodySize: 1,
+			Completion: NewRequestID().CompletionID(), Created: 1, ReplyModel: "m", Limit: 1, More: true, Count: true, CountLate: true, Hold: true, Bundle: true, BodySize: 1,
 			Continue: &Continuation{Text: "t", Tokens: 1, PromptTokens: 1},
 		},
 		&Job{
@@ -42,6 +42,7 @@ var wire = map[string]struct{ full, minimal any }{
 		},
 		&Frame{Run: "r", Kind: FrameClaim},
 	},
+	"bundle-head":  {BundleHead{NewNonce(), 1}, BundleHead{NewNonce(), 0}},
 	"bus-error":    {fullError, &Error{Code: CodeInternalError}},
 	"verdict":      {Verdict{Go: true, Reason: "r", Seq: 1, Next: 1, Limit: 1, More: true}, Verdict{Reason: ReasonFinished}},
 	"inventory":    {Inventory{[]Model{fullModel}, true}, Inventory{}},

@@ -43,6 +43,14 @@ func OutWildcard(o OwnerID) string {
 	return Prefix + "out.*." + EncodeToken(string(o)) + ".*"
 }
 
+// BundleSubject is ownllm.v1.out.<agent>.<owner>.=: bundles of frames of several attempts,
+// from the worker to the owner of all of them. It is no OutSubject, since no nonce is empty,
+// and is like one to permissions and subscriptions.
+func BundleSubject(a AgentID, o OwnerID) string { return OutSubject(a, o, "") }
+
+// IsBundle reports whether a subject that OutWildcard matches is a BundleSubject.
+func IsBundle(subject string) bool { return strings.HasSuffix(subject, ".=") }
+
 // BodySubject is ownllm.v1.body.<agent>.<owner>.<nonce>: a worker asks the owner for
 // a piece of a request body that is too large to travel in the job.
 func BodySubject(a AgentID, o OwnerID, n Nonce) string {
@@ -58,6 +66,12 @@ func BodyWildcard(o OwnerID) string {
 // body subject.
 func LastToken(subject string) string {
 	return subject[strings.LastIndexByte(subject, '.')+1:]
+}
+
+// CutLastToken cuts a subject in front of its last token, behind the dot.
+func CutLastToken(subject string) (before, last string) {
+	i := strings.LastIndexByte(subject, '.') + 1
+	return subject[:i], subject[i:]
 }
 
 // AgentInboxPrefix is _INBOX_<agent>: every reply subject of a worker begins with it.

@@ -130,6 +130,12 @@ type house struct {
 // is there.
 func newHouse(t testing.TB, cfg worker.Config) *house {
 	t.Helper()
+	return newHouseWith(t, cfg, func(*worker.Worker) {})
+}
+
+// newHouseWith is newHouse with a worker that is changed before it runs.
+func newHouseWith(t testing.TB, cfg worker.Config, change func(*worker.Worker)) *house {
+	t.Helper()
 	h := &house{t: t, nats: natstest.Start(t), table: presence.NewTable(), books: quotatest.New()}
 	h.core, h.queue = h.nats.Queue(100)
 	broker, owner := h.nats.Connect("broker"), h.nats.Connect("owner")
@@ -146,6 +152,7 @@ func newHouse(t testing.TB, cfg worker.Config) *house {
 	cfg.Tenant, cfg.Agent, cfg.Host, cfg.Software = tenant, agent, "host", "test"
 	h.tokens = h.nats.Agent(tenant, agent)
 	w := worker.New(h.tokens, h.nats.Agent(tenant, agent), cfg, natstest.Log)
+	change(w)
 	h.stop = background(t, w.Run)
 	until(t, "the worker", func() bool { return h.status().State == schemas.AgentUp && len(h.status().Models) > 0 })
 	return h

@@ -20,6 +20,8 @@ type sender struct {
 	subject string // of the frames
 	inbox   string // verdicts come there
 	owner   schemas.OwnerID
+	nonce   schemas.Nonce
+	bundles bool // the owner takes bundles
 	stop    context.CancelCauseFunc
 	heard   chan struct{} // closed once the owner has the last frame, or wants none
 	room    chan struct{} // holds one token: the owner has taken frames
@@ -41,6 +43,7 @@ type sender struct {
 	kept       []kept
 	buf        []byte    // the frames that are kept, end to end
 	pooled     *[]byte   // where buf comes from; nil: there was no frame yet
+	bundle     uint64    // the one that has the last frame that was published; 0: none
 	unasked    int       // bytes of frames sent since the last request
 	spoke      time.Time // when the owner last answered
 	missing    time.Time // since when the bus says that there is no owner
@@ -86,7 +89,7 @@ func newSender(w *Worker, job *schemas.Job, ackSubject string, stop context.Canc
 	s := &sender{
 		w: w, id: id, subject: schemas.OutSubject(w.cfg.Agent, job.Owner, job.Nonce),
 		inbox: w.inbox + "." + id, stop: stop, heard: make(chan struct{}), room: make(chan struct{}, 1),
-		owner: job.Owner, ackSubject: ackSubject, spoke: now, reported: now, extended: now,
+		owner: job.Owner, nonce: job.Nonce, bundles: job.Bundle, ackSubject: ackSubject, spoke: now, reported: now, extended: now,
 	}
 	if job.Hold {
 		s.goes = make(chan struct{})
@@ -246,9 +249,18 @@ func (s *sender) discard() {
 	s.kept, s.buf, s.pooled = nil, nil, nil
 }
 
-// publish sends a frame, as a request if it has to be answered. What is lost on the
-// way is sent again when a verdict shows the gap. s.mu is held.
+// publish sends a frame, as a request if it has to be answered, else perhaps in a bundle. What
+// is lost on the way is sent again when a verdict shows the gap. s.mu is held.
 func (s *sender) publish(frame []byte, request bool) {
+	// The first token of a reply waits for nobody.
+	if s.bundles && !request && s.last > 1 {
+		if s.bundle = s.w.bundles.add(s.owner, s.nonce, frame, s.bundle); s.bundle != 0 {
+			return
+		}
+	} else if s.bundle != 0 {
+		s.w.bundles.send(s.owner, s.bundle)
+		s.bundle = 0
+	}
 	var err error
 	if request {
 		err = s.w.tokens.PublishRequest(s.subject, s.inbox, frame)
@@ -427,8 +439,9 @@ func (w *Worker) pump(ctx context.Context) error {
 		case <-w.reconnected:
 			force = true
 		}
-		now, connected := time.Now(), w.tokens.IsConnected()
-		for _, r := range w.list() {
+		now, connected, runs := time.Now(), w.tokens.IsConnected(), w.list()
+		w.bundles.look(now, runs)
+		for _, r := range runs {
 			r.tick(now, connected, force)
 			r.count.look(now)
 			r.silence.look(now)

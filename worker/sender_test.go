@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -38,6 +39,7 @@ type badLine struct {
 	frames   *nats.Subscription // of the senders, to an owner that doesn't exist
 	inbox    string
 	verdicts *nats.Subscription // of the real owner
+	bundles  []message          // on their way to the owner
 }
 
 const nobody = schemas.OwnerID("own_nobody")
@@ -104,9 +106,9 @@ type message struct {
 	answer bool // of a frame: it wants an answer
 }
 
-// arrived takes what has come out at one end for the subject. What is for another is of a
-// reply before.
-func arrived(t *rapid.T, sub *nats.Subscription, subject string) (list []message) {
+// arrived takes what has come out at one end, by subject.
+func arrived(t *rapid.T, sub *nats.Subscription) map[string][]message {
+	list := make(map[string][]message)
 	for {
 		n, _, err := sub.Pending()
 		if err != nil {
@@ -119,9 +121,7 @@ func arrived(t *rapid.T, sub *nats.Subscription, subject string) (list []message
 		if err != nil {
 			t.Fatal(err)
 		}
-		if m.Subject == subject {
-			list = append(list, message{m.Data, m.Reply != ""})
-		}
+		list[m.Subject] = append(list[m.Subject], message{m.Data, m.Reply != ""})
 	}
 }
 
@@ -168,13 +168,28 @@ func (l *badLine) open(t *rapid.T) *passage {
 	return p
 }
 
-// collect waits until everything that was sent is on the line.
-func (p *passage) collect(t *rapid.T) {
-	if err := errors.Join(p.w.tokens.Flush(), p.barrier()); err != nil {
+// collect waits until everything that was sent is on the line. What is of a reply before is
+// left out.
+func (l *badLine) collect(t *rapid.T, passages []*passage) {
+	if err := errors.Join(l.w.tokens.Flush(), l.barrier()); err != nil {
 		t.Fatal(err)
 	}
-	p.frames = append(p.frames, arrived(t, p.badLine.frames, p.s.subject)...)
-	p.verdicts = append(p.verdicts, arrived(t, p.badLine.verdicts, p.back)...)
+	frames, verdicts := arrived(t, l.frames), arrived(t, l.verdicts)
+	l.bundles = append(l.bundles, frames[schemas.BundleSubject(testAgent, nobody)]...)
+	for _, p := range passages {
+		p.frames = append(p.frames, frames[p.s.subject]...)
+		p.verdicts = append(p.verdicts, verdicts[p.back]...)
+	}
+}
+
+// deliverBundle lets a bundle reach the owner.
+func (l *badLine) deliverBundle(t *rapid.T, m message) {
+	if m.answer {
+		t.Fatal("a bundle wants an answer")
+	}
+	if err := l.nc.Publish(schemas.BundleSubject(testAgent, l.d.Owner()), m.data); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // deliver lets a frame reach the owner.
@@ -271,27 +286,45 @@ func (p *passage) consistent(t *rapid.T) {
 func TestNothingIsLostOrRepeatedOnABadLine(t *testing.T) {
 	line := newBadLine(t)
 	for range 4 {
-		rapid.Check(t, line.pass)
+		rapid.Check(t, func(t *rapid.T) { line.pass(t, 1) })
 	}
 }
 
-// pass brings one reply over the line.
-func (l *badLine) pass(t *rapid.T) {
-	p := l.open(t)
-	defer p.reply.Close()
-	p.collect(t)
-	t.Repeat(map[string]func(*rapid.T){
-		"send": func(t *rapid.T) {
+// It is so, too, for replies whose frames share bundles.
+func TestNothingIsLostOrRepeatedInBundles(t *testing.T) {
+	line := newBadLine(t)
+	for range 2 {
+		rapid.Check(t, func(t *rapid.T) { line.pass(t, 2) })
+	}
+}
+
+// pass brings replies over the line; several may share bundles.
+func (l *badLine) pass(t *rapid.T, replies int) {
+	l.w.bundles.many.Store(false)
+	l.w.bundles.sendAll()
+	var all []*passage
+	for range replies {
+		p := l.open(t)
+		defer p.reply.Close()
+		all = append(all, p)
+	}
+	l.collect(t, all)
+	l.bundles = nil
+	one := func(act func(t *rapid.T, p *passage)) func(*rapid.T) {
+		return func(t *rapid.T) { act(t, all[rapid.IntRange(0, len(all)-1).Draw(t, "reply")]) }
+	}
+	actions := map[string]func(*rapid.T){
+		"send": one(func(t *rapid.T, p *passage) {
 			if !p.ended {
 				p.chunk(t)
 			}
-		},
-		"end": func(t *rapid.T) {
+		}),
+		"end": one(func(t *rapid.T, p *passage) {
 			if !p.ended && rapid.IntRange(0, 9).Draw(t, "not yet") == 0 {
 				p.end(t)
 			}
-		},
-		"report": func(t *rapid.T) {
+		}),
+		"report": one(func(t *rapid.T, p *passage) {
 			p.now = p.now.Add(time.Duration(rapid.IntRange(1, 1000).Draw(t, "ms")) * time.Millisecond)
 			if p.now.Sub(p.heard) > ownerSilence/2 {
 				// The owner would count as dead, if the line didn't.
@@ -299,57 +332,90 @@ func (l *badLine) pass(t *rapid.T) {
 				p.s.tick(p.now, false, true)
 			}
 			p.s.tick(p.now, true, true)
-		},
-		"deliver": func(t *rapid.T) {
+		}),
+		"deliver": one(func(t *rapid.T, p *passage) {
 			if m, ok := pick(t, &p.frames, rapid.Bool().Draw(t, "repeat")); ok {
 				p.deliver(t, m)
 			}
-		},
-		"lose": func(t *rapid.T) { pick(t, &p.frames, false) },
-		"answer": func(t *rapid.T) {
+		}),
+		"lose": one(func(t *rapid.T, p *passage) { pick(t, &p.frames, false) }),
+		"answer": one(func(t *rapid.T, p *passage) {
 			if m, ok := pick(t, &p.verdicts, rapid.Bool().Draw(t, "repeat")); ok {
 				p.answer(t, m)
 			}
-		},
-		"lose an answer": func(t *rapid.T) { pick(t, &p.verdicts, false) },
+		}),
+		"lose an answer": one(func(t *rapid.T, p *passage) { pick(t, &p.verdicts, false) }),
 		"": func(t *rapid.T) {
-			p.collect(t)
-			p.consistent(t)
-			if p.stopped != nil && !p.ended {
-				t.Fatalf("the run was stopped: %v", p.stopped)
+			l.collect(t, all)
+			for _, p := range all {
+				p.consistent(t)
+				if p.stopped != nil && !p.ended {
+					t.Fatalf("the run was stopped: %v", p.stopped)
+				}
 			}
 		},
-	})
-	if !p.ended {
-		p.end(t)
 	}
-	// What is still on the line arrives, late and in order.
+	if replies > 1 {
+		actions["gather or not"] = func(t *rapid.T) { l.w.bundles.many.Store(rapid.IntRange(0, 3).Draw(t, "gather") > 0) }
+		actions["send the bundle"] = func(*rapid.T) { l.w.bundles.sendAll() }
+		actions["deliver a bundle"] = func(t *rapid.T) {
+			if m, ok := pick(t, &l.bundles, rapid.Bool().Draw(t, "repeat")); ok {
+				l.deliverBundle(t, m)
+			}
+		}
+		actions["lose a bundle"] = func(t *rapid.T) { pick(t, &l.bundles, false) }
+	}
+	t.Repeat(actions)
+	for _, p := range all {
+		if !p.ended {
+			p.end(t)
+		}
+	}
+	l.goodAgain(t, all)
+	for _, p := range all {
+		p.arrivedWhole(t)
+	}
+}
+
+// goodAgain makes the line a good one: what is still on it arrives, late and in order.
+func (l *badLine) goodAgain(t *rapid.T, all []*passage) {
 	const rounds = 6
-	for round := 0; !closed(p.s.heard); round++ {
+	for round := 0; slices.ContainsFunc(all, func(p *passage) bool { return !closed(p.s.heard) }); round++ {
 		if round == rounds {
 			t.Fatalf("after %d rounds on a good line the owner hasn't all", rounds)
 		}
-		p.now = p.now.Add(progressEvery)
-		p.s.tick(p.now, true, true)
-		p.collect(t)
-		for _, m := range p.frames {
-			p.deliver(t, m)
+		for _, p := range all {
+			p.now = p.now.Add(progressEvery)
+			p.s.tick(p.now, true, true)
 		}
-		p.frames = nil
+		l.w.bundles.sendAll()
+		l.collect(t, all)
+		for _, m := range l.bundles {
+			l.deliverBundle(t, m)
+		}
+		l.bundles = nil
+		for _, p := range all {
+			for _, m := range p.frames {
+				p.deliver(t, m)
+			}
+			p.frames = nil
+		}
 		// The last frame is answered when the books have it, which no barrier waits for.
 		for deadline := time.Now().Add(time.Second); ; {
-			p.collect(t)
-			if len(p.verdicts) > 0 || time.Now().After(deadline) {
+			l.collect(t, all)
+			unanswered := func(p *passage) bool { return !closed(p.s.heard) && len(p.verdicts) == 0 }
+			if !slices.ContainsFunc(all, unanswered) || time.Now().After(deadline) {
 				break
 			}
 		}
-		for _, m := range p.verdicts {
-			p.answer(t, m)
+		for _, p := range all {
+			for _, m := range p.verdicts {
+				p.answer(t, m)
+			}
+			p.verdicts = nil
+			p.consistent(t)
 		}
-		p.verdicts = nil
-		p.consistent(t)
 	}
-	p.arrivedWhole(t)
 }
 
 func closed(c chan struct{}) bool {

@@ -66,6 +66,7 @@ type Worker struct {
 	stock       *stock
 	reports     *reports
 	departed    departed
+	bundles     *bundles
 	log         *slog.Logger
 	inbox       string         // verdicts come to inbox.<run>
 	introduce   chan struct{}  // holds one token: a hello is due
@@ -100,6 +101,7 @@ func New(tokens, bulk *nats.Conn, cfg Config, log *slog.Logger) *Worker {
 		w.cfg.GiveUp = DefaultGiveUp
 	}
 	w.stock = newStock(cfg.Backends, w.log)
+	w.bundles = newBundles(cfg.Agent, tokens, w.log)
 	w.reports = newReports(func(ctx context.Context, u *schemas.UsageReport) error {
 		return bus.ReportUsage(ctx, w.bulk, cfg.Tenant, cfg.Agent, u)
 	}, w.log)
@@ -156,6 +158,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	background.Go(func() error { return w.beat(bgCtx) })
 	background.Go(func() error { return w.beatAside(bgCtx) })
 	background.Go(func() error { return w.pump(bgCtx) })
+	background.Go(func() error { return w.bundles.run(bgCtx) })
 	background.Go(func() error { return w.reports.run(bgCtx) })
 	background.Go(func() error { return w.watchStock(bgCtx) })
 	background.Go(func() error { return w.stock.waitLoads(bgCtx) })

@@ -139,8 +139,8 @@ func (r *Reply) count(f *schemas.Frame) {
 	if b.settling {
 		return
 	}
-	if n := int64(f.PromptTokens); n > 0 && b.prompt == nil {
-		b.prompt = &n
+	if f.PromptTokens > 0 && b.prompt == nil {
+		b.prompt = new(int64(f.PromptTokens))
 	}
 	if b.more && !b.topping && int64(f.Tokens)*2 >= b.limit {
 		b.topping = true

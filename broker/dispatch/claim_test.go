@@ -119,7 +119,7 @@ func TestJobSaysWhatTheClientAsked(t *testing.T) {
 		Version: schemas.ProtocolVersion, Request: req.ID, Attempt: 1, Nonce: d.job.Nonce, Owner: h.d.Owner(),
 		Tenant: tenant, Key: req.Key, Operation: "chat", Model: model,
 		Deadline: req.Received.Add(10 * 60 * 1e9).UnixMilli(), ColdWait: 5000, Stream: true, IncludeUsage: true,
-		Completion: req.ID.CompletionID(), Created: req.Received.Unix(), ReplyModel: model,
+		Bundle: true, Completion: req.ID.CompletionID(), Created: req.Received.Unix(), ReplyModel: model,
 	}
 	if *d.job != want {
 		t.Errorf("job is %+v, want %+v", *d.job, want)

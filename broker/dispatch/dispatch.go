@@ -218,12 +218,16 @@ func (d *Dispatcher) reply(n schemas.Nonce) *Reply {
 
 // frame is the callback of all frames.
 func (d *Dispatcher) frame(m *nats.Msg) {
+	if schemas.IsBundle(m.Subject) {
+		d.bundle(m)
+		return
+	}
 	if m.Reply != "" && !schemas.AnswersTo(m.Subject, m.Reply) {
 		d.log.Warn("frame with a foreign reply subject dropped", "subject", m.Subject)
 		return
 	}
-	nonce := schemas.Nonce(schemas.LastToken(m.Subject))
-	r := d.reply(nonce)
+	line, nonce := schemas.CutLastToken(m.Subject)
+	r := d.reply(schemas.Nonce(nonce))
 	if r == nil {
 		d.answer(m.Reply, schemas.Verdict{Reason: schemas.ReasonFinished})
 		return
@@ -233,7 +237,7 @@ func (d *Dispatcher) frame(m *nats.Msg) {
 		d.log.Warn("frame dropped", "request", r.req.ID, "error", err)
 		return
 	}
-	if v, ok := r.take(m.Subject, m.Reply, &f, time.Now()); ok {
+	if v, ok := r.take(line, schemas.Nonce(nonce), m.Reply, &f, time.Now()); ok {
 		d.answer(m.Reply, v)
 	}
 }
@@ -400,7 +404,7 @@ func (r *Reply) publish(choice presence.Choice, ends uint64, outlook *quota.Outl
 		Operation: r.req.Operation, Model: r.req.Model,
 		Deadline: r.req.Received.Add(d.cfg.Total).UnixMilli(), ColdWait: d.cfg.ColdWait.Milliseconds(),
 		Stream: r.req.Stream, IncludeUsage: r.req.IncludeUsage,
-		Completion: r.req.ID.CompletionID(), Created: r.req.Received.Unix(), ReplyModel: r.req.Model,
+		Bundle: true, Completion: r.req.ID.CompletionID(), Created: r.req.Received.Unix(), ReplyModel: r.req.Model,
 		Continue: r.from,
 	}
 	if r.req.LoadWait != nil {

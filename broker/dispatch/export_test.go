@@ -26,7 +26,7 @@ func (d *Dispatcher) Hold() (held func() bool, release func()) {
 // Take has the current attempt take in a frame, as if it had just been looked up.
 func (r *Reply) Take(f *schemas.Frame) (schemas.Verdict, bool) {
 	r.mu.Lock()
-	subject := r.cur.subject
+	line, nonce := schemas.CutLastToken(r.cur.subject)
 	r.mu.Unlock()
-	return r.take(subject, "", f, time.Now())
+	return r.take(line, schemas.Nonce(nonce), "", f, time.Now())
 }

@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"context"
+	"strings"
 	"sync"
 	"time"
 
@@ -247,18 +248,24 @@ func (r *Reply) remove(a *attempt) {
 	}
 }
 
+// has reports whether frames of the nonce that come on the line, which is all of a subject but
+// its last token, are of the attempt.
+func (a *attempt) has(line string, nonce schemas.Nonce) bool {
+	return a.nonce == nonce && len(a.subject) == len(line)+len(nonce) && strings.HasPrefix(a.subject, line)
+}
+
 // take checks a frame against the current attempt and takes it in. It returns the
 // verdict, or false for a frame that isn't answered: one that came before its claim,
 // which got lost and will be sent again, one that comes before the request is admitted, or
-// one that comes after the last one, which is answered when the books have it. inbox is where
-// an answer goes.
-func (r *Reply) take(subject, inbox string, f *schemas.Frame, now time.Time) (schemas.Verdict, bool) {
+// one that comes after the last one, which is answered when the books have it. line is the
+// subject that it came on, without the nonce, and inbox where an answer goes.
+func (r *Reply) take(line string, nonce schemas.Nonce, inbox string, f *schemas.Frame, now time.Time) (schemas.Verdict, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	a := r.cur
 	v := schemas.Verdict{Seq: f.Seq}
 	switch {
-	case a == nil || a.subject != subject:
+	case a == nil || !a.has(line, nonce):
 		v.Reason = schemas.ReasonSuperseded
 		return v, true
 	case a.over && f.Run == a.run:
