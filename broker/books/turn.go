@@ -197,11 +197,15 @@ type Outcomes struct {
 // An error that wraps ErrUnavailable leaves it open whether the turn was taken. It may be
 // taken again, with the same requests.
 func (s *Store) Turn(ctx context.Context, turn Turn) (Outcomes, error) {
-	settle, alter, admit := settleArgs(turn.Settle), alterArgs(turn.Alter), admitArgs(turn)
 	lock := lockArgs(turn)
+	settle, alter, admit := settleArgs(turn.Settle), alterArgs(turn.Alter), admitArgs(turn)
+	ofOne := isOfOne(lock, settle, alter, admit)
 	var out Outcomes
 	err := s.once(ctx, "take a turn", func(ctx context.Context) error {
 		out = Outcomes{}
+		if ofOne {
+			return s.turnOfOne(ctx, turn, lock.keys[0], settle, admit, &out)
+		}
 		batch := &pgx.Batch{}
 		batch.Queue(`SELECT books_lock($1, $2)`, lock.tenants, lock.keys)
 		switch len(turn.Settle) {
@@ -295,17 +299,6 @@ func (s *Store) queueSettle(batch *pgx.Batch, list []Settlement, c settleColumns
 				}
 			}
 			return nil
-		})
-}
-
-// queueSettleOne is queueSettle for one settlement.
-func (s *Store) queueSettleOne(batch *pgx.Batch, c settleColumns, out *[]State) {
-	batch.Queue(`SELECT books_settle_one($1, $2, $3, $4, $5, $6)`, s.at(), c.ids[0], c.keys[0], c.prompts[0], c.completions[0], c.outcomes[0]).
-		QueryRow(func(row pgx.Row) error {
-			var state State
-			err := row.Scan(&state)
-			*out = append(*out, state)
-			return err
 		})
 }
 
@@ -410,7 +403,7 @@ func positions(list []string) map[string]int32 {
 	return m
 }
 
-// decisionColumns are what books_admit and books_admit_one return.
+// decisionColumns are what books_admit, books_admit_one and books_turn_one return.
 const decisionColumns = `reason, granted, reserved_amount, token_price, charged_month, slots, slots_free, budget, budget_free, wait_ms`
 
 func (s *Store) queueAdmit(batch *pgx.Batch, turn Turn, lock locks, c admitColumns, out *[]Decision) {
@@ -418,15 +411,6 @@ func (s *Store) queueAdmit(batch *pgx.Batch, turn Turn, lock locks, c admitColum
 		FROM books_admit($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)`,
 		s.at(), turn.Lease.Owner, turn.Lease.Epoch, turn.openTokens(), lock.tenants, lock.keys, c.keyTenants, c.priceTenants, c.priceModels,
 		c.ids, c.askKeys, c.askPrices, c.prompts, c.limits, c.agents, c.timeouts).
-		Query(c.decisions(out))
-}
-
-// queueAdmitOne is queueAdmit for a turn that asks for one request, be it several times.
-func (s *Store) queueAdmitOne(batch *pgx.Batch, turn Turn, c admitColumns, out *[]Decision) {
-	x := &turn.Admit[0]
-	batch.Queue(`SELECT `+decisionColumns+` FROM books_admit_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)`,
-		s.at(), turn.Lease.Owner, turn.Lease.Epoch, turn.openTokens(), x.Tenant, x.Key, x.Model, x.Request,
-		c.prompts[0], c.limits[0], c.agents[0], c.timeouts[0]).
 		Query(c.decisions(out))
 }
 
@@ -442,12 +426,10 @@ func (c *admitColumns) decisions(out *[]Decision) func(pgx.Rows) error {
 	return func(rows pgx.Rows) error {
 		list := make([]Decision, 0, len(c.ids))
 		for rows.Next() {
-			var d Decision
-			var wait int64
-			if err := rows.Scan(&d.Reason, &d.Limit, &d.Amount, &d.Price, &d.Month, &d.Slots, &d.SlotsFree, &d.Budget, &d.BudgetFree, &wait); err != nil {
+			d, err := scanDecision(rows)
+			if err != nil {
 				return err
 			}
-			d.Wait = time.Duration(wait) * time.Millisecond
 			list = append(list, d)
 		}
 		if rows.Err() != nil || len(list) != len(c.ids) {
@@ -458,6 +440,14 @@ func (c *admitColumns) decisions(out *[]Decision) func(pgx.Rows) error {
 		}
 		return nil
 	}
+}
+
+// scanDecision reads the decisionColumns, and before them what else there is.
+func scanDecision(row pgx.Row, before ...any) (d Decision, err error) {
+	var wait int64
+	err = row.Scan(append(before, &d.Reason, &d.Limit, &d.Amount, &d.Price, &d.Month, &d.Slots, &d.SlotsFree, &d.Budget, &d.BudgetFree, &wait)...)
+	d.Wait = time.Duration(wait) * time.Millisecond
+	return d, err
 }
 
 func clamp(tokens int64) int64 { return min(max(tokens, 0), MaxTokens) }
