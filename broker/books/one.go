@@ -1,10 +1,6 @@
 package books
 
-import (
-	"context"
-
-	"github.com/jackc/pgx/v5"
-)
+import "github.com/jackc/pgx/v5"
 
 // What a turn does for a single settlement or request costs the database less by functions of
 // their own, and least of all if the whole turn is of one key. TestOneIsAsMany holds them
@@ -16,32 +12,40 @@ func isOfOne(l locks, s settleColumns, alter alterColumns, a admitColumns) bool 
 	return len(l.keys) == 1 && len(s.ids) <= 1 && len(alter.ids) == 0 && len(a.ids) <= 1
 }
 
-// turnOfOne takes a turn for which isOfOne holds, in one statement.
-func (s *Store) turnOfOne(ctx context.Context, turn Turn, key string, settle settleColumns, admit admitColumns, out *Outcomes) error {
+// queueTurnOfOne is queueTurn for a turn for which isOfOne holds, in one statement.
+func (s *Store) queueTurnOfOne(batch *pgx.Batch, turn Turn, key string, settle settleColumns, admit admitColumns, out *Outcomes) {
 	args := make([]any, 16)
 	args[0], args[1] = s.at(), key
 	if len(settle.ids) > 0 {
 		args[2], args[3], args[4], args[5] = settle.ids[0], settle.prompts[0], settle.completions[0], settle.outcomes[0]
-		out.Settled = make([]State, 1)
 	}
 	if len(admit.ids) == 0 {
-		return s.pool.QueryRow(ctx, `SELECT settled FROM books_turn_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)`, args...).
-			Scan(&out.Settled[0])
+		batch.Queue(`SELECT settled FROM books_turn_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)`, args...).
+			QueryRow(func(row pgx.Row) error {
+				var state State
+				err := row.Scan(&state)
+				out.Settled = append(out.Settled, state)
+				return err
+			})
+		return
 	}
 	x := &turn.Admit[0]
 	args[6], args[7], args[8] = turn.Lease.Owner, turn.Lease.Epoch, turn.openTokens()
 	args[9], args[10], args[11] = x.Tenant, x.Model, x.Request
 	args[12], args[13], args[14], args[15] = admit.prompts[0], admit.limits[0], admit.agents[0], admit.timeouts[0]
-	var settled State
-	d, err := scanDecision(s.pool.QueryRow(ctx, `SELECT coalesce(settled, ''), `+decisionColumns+`
-		FROM books_turn_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)`, args...), &settled)
-	for i := range out.Settled {
-		out.Settled[i] = settled
-	}
-	for range admit.rows {
-		out.Admit = append(out.Admit, d)
-	}
-	return err
+	batch.Queue(`SELECT coalesce(settled, ''), `+decisionColumns+`
+		FROM books_turn_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)`, args...).
+		QueryRow(func(row pgx.Row) error {
+			var state State
+			d, err := scanDecision(row, &state)
+			if len(settle.ids) > 0 {
+				out.Settled = append(out.Settled, state)
+			}
+			for range admit.rows {
+				out.Admit = append(out.Admit, d)
+			}
+			return err
+		})
 }
 
 // queueSettleOne is queueSettle for one settlement.
