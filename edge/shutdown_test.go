@@ -16,14 +16,14 @@ import (
 // An edge that stops takes nothing new and lets running replies finish.
 func TestDrain(t *testing.T) {
 	t.Parallel()
-	h := build(t, plan{slots: 2})
+	h := build(t, plan{slots: 2, edge: edge.Config{Drain: patience}})
 	idle := h.dial()
 	idle.send("GET /healthz HTTP/1.1\nHost: h\n\n")
 	idle.whole("GET")
 	stream, whole, queued := h.dial(), h.dial(), h.dial()
-	stream.post(h.key, ask(`"stream":true,"demo":{"numbered":true,"tokens":20,"tokens_per_second":20}`))
+	stream.post(h.key, ask(`"stream":true,"demo":{"numbered":true,"tokens":200,"tokens_per_second":20}`))
 	resp := stream.answer("POST")
-	whole.post(h.key, ask(`"demo":{"numbered":true,"tokens":3,"first_token_ms":500}`))
+	whole.post(h.key, ask(`"demo":{"numbered":true,"tokens":3,"first_token_ms":10000}`))
 	until(t, "both to run", func() bool { return h.backend.Stats().Active == 2 })
 	queued.post(h.key, ask(`"stream":true,"demo":{"numbered":true,"tokens":3}`))
 	until(t, "the third to wait", func() bool { return h.depth() == 3 })
@@ -44,7 +44,7 @@ func TestDrain(t *testing.T) {
 		t.Errorf("the idle connection: %v, want EOF", err)
 	}
 	text, err := io.ReadAll(resp.Body)
-	if err != nil || !strings.HasSuffix(string(text), "data: [DONE]\n\n") || contents(string(text), true) != numbered(20) {
+	if err != nil || !strings.HasSuffix(string(text), "data: [DONE]\n\n") || contents(string(text), true) != numbered(200) {
 		t.Errorf("running stream: error %v, %s", err, text)
 	}
 	if resp, text := whole.whole("POST"); resp.StatusCode != 200 || contents(text, false) != numbered(3) || !resp.Close {
@@ -68,7 +68,7 @@ func TestDrain(t *testing.T) {
 // over connections old and new, and leaves none of those open.
 func TestDrainDelay(t *testing.T) {
 	t.Parallel()
-	const delay = 2 * time.Second
+	const delay = 4 * time.Second
 	h := build(t, plan{edge: edge.Config{DrainDelay: delay, Drain: patience}})
 	kept, silent := h.dial(), h.dial()
 	for _, c := range []*raw{kept, silent} {

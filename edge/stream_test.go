@@ -104,8 +104,8 @@ func TestKeepAlive(t *testing.T) {
 	}
 
 	for demo, code := range map[string]string{
-		`"first_token_ms":400,"error_after":0`: "backend_error",
-		`"stall_after":0`:                      "agent_timeout",
+		`"first_token_ms":1500,"error_after":0`: "backend_error",
+		`"stall_after":0`:                       "agent_timeout",
 	} {
 		text, _, _ := read(`"stream":true,"demo":{"tokens":2,` + demo + `}`)
 		last, ok := strings.CutPrefix(strings.ReplaceAll(text, comment, ""), "data: ")

@@ -36,6 +36,10 @@ func TestWaitForAModel(t *testing.T) {
 	if resp.StatusCode != 200 || !strings.Contains(text, "[DONE]") {
 		t.Errorf("with a wish: %s %s", resp.Status, text)
 	}
+	until(t, "the model to be known to be in memory", func() bool {
+		m, _ := h.agents.Find(h.tenant.ID, "demo")
+		return m.State == schemas.ModelReady
+	})
 	for _, wish := range []string{"soon", "-1s", "-5", "61m", "99999999999999999999", "3 s"} {
 		if got := h.code("POST", "/v1/chat/completions", h.key, body, "X-OwnLLM-Wait: "+wish); got != (refusal{400, "invalid_value"}) {
 			t.Errorf("%q: %+v", wish, got)

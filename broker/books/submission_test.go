@@ -518,7 +518,7 @@ func TestSubmissionsAtOnce(t *testing.T) {
 	var mu sync.Mutex
 	endedBy := map[int64][]schemas.RequestID{}
 	var work sync.WaitGroup
-	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	ended := func() int {
 		mu.Lock()
@@ -537,7 +537,7 @@ func TestSubmissionsAtOnce(t *testing.T) {
 	for range owners {
 		store := openAt(t, books.Config{URL: address})
 		work.Go(func() {
-			lease, err := store.RenewLease(ctx, schemas.NewOwnerID(), time.Minute)
+			lease, err := store.RenewLease(ctx, schemas.NewOwnerID(), 5*time.Minute)
 			if err != nil {
 				t.Error(err)
 			}

@@ -42,7 +42,7 @@ func (r *Reply) ahead(choice presence.Choice, ends uint64, outlook quota.Outlook
 		admitted <- err
 	}()
 	err = r.publish(choice, ends, &outlook)
-	timer := time.NewTimer(holdFor)
+	timer := time.NewTimer(r.d.holdFor)
 	defer timer.Stop()
 	select {
 	case refused = <-admitted:

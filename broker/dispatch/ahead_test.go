@@ -106,6 +106,7 @@ func (h *house) wait(s <-chan started) started {
 func TestAhead(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t, 10, nil)
+	h.d.HoldFor(patience)
 	a := h.agent(agentA)
 	h.books.Set(func() { h.books.Price = 1000 })
 	h.known(a)
@@ -156,6 +157,7 @@ func TestAheadRefused(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			h := newHouse(t, 10, nil)
+			h.d.HoldFor(patience)
 			a := h.agent(agentA)
 			h.known(a)
 			release := h.hang()
@@ -296,6 +298,7 @@ func TestAheadWhileTheBooksAreAway(t *testing.T) {
 func TestAheadOfALostAgent(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t, 10, nil)
+	h.d.HoldFor(patience)
 	a := h.agent(agentA)
 	h.known(a)
 	release := h.hang()
@@ -327,6 +330,7 @@ func TestAheadOfALostAgent(t *testing.T) {
 func TestAheadOfAFailure(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t, 10, nil)
+	h.d.HoldFor(patience)
 	a := h.agent(agentA)
 	h.known(a)
 	release := h.hang()
@@ -352,6 +356,7 @@ func TestAheadOfAFailure(t *testing.T) {
 func TestAheadOfAnInterrupt(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t, 10, nil)
+	h.d.HoldFor(patience)
 	a := h.agent(agentA)
 	h.known(a)
 	release := h.hang()
@@ -422,7 +427,7 @@ func TestAheadRaces(t *testing.T) {
 			}
 			d := a.deliver(m.Data, m.Reply)
 			agents.Go(func() {
-				v, err := a.nc.Request(d.subject(), d.encode(schemas.Frame{Kind: schemas.FrameClaim}), time.Second)
+				v, err := a.nc.Request(d.subject(), d.encode(schemas.Frame{Kind: schemas.FrameClaim}), patience)
 				var verdict schemas.Verdict
 				if err != nil || json.Unmarshal(v.Data, &verdict) != nil {
 					return // it was taken back
@@ -434,7 +439,7 @@ func TestAheadRaces(t *testing.T) {
 				granted[d.job.Request] = granted[d.job.Request] || verdict.Go
 				mu.Unlock()
 				if verdict.Go {
-					_, _ = a.nc.Request(d.subject(), d.encode(schemas.Frame{Kind: schemas.FrameDone, Seq: 1, Payload: []byte("x\n")}), time.Second)
+					_, _ = a.nc.Request(d.subject(), d.encode(schemas.Frame{Kind: schemas.FrameDone, Seq: 1, Payload: []byte("x\n")}), patience)
 				}
 			})
 		}

@@ -107,6 +107,7 @@ type Dispatcher struct {
 	feed    *presence.Feed
 	gate    *quota.Gate
 	cfg     Config
+	holdFor time.Duration
 	metrics *metric.Instruments
 	tracer  *trace.Tracer
 	log     *slog.Logger
@@ -138,7 +139,7 @@ type Parts struct {
 func New(p Parts, cfg Config) *Dispatcher {
 	d := &Dispatcher{
 		owner: p.Gate.Owner(), gate: p.Gate, tokens: p.Tokens, bulk: p.Bulk, queue: p.Queue,
-		agents: p.Agents, feed: p.Feed, cfg: cfg, metrics: p.Metrics, tracer: p.Tracer, log: p.Log,
+		agents: p.Agents, feed: p.Feed, cfg: cfg, holdFor: holdFor, metrics: p.Metrics, tracer: p.Tracer, log: p.Log,
 		replies: make(map[schemas.Nonce]*Reply),
 	}
 	p.Agents.OnGone(d.gone)

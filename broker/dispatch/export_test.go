@@ -6,6 +6,9 @@ import (
 	"github.com/ownllm/ownllm/schemas"
 )
 
+// HoldFor sets for how long a job waits for the admission of its request.
+func (d *Dispatcher) HoldFor(wait time.Duration) { d.holdFor = wait }
+
 // Hold keeps attempts from being registered and given up until release is called; held
 // reports whether somebody is kept waiting.
 func (d *Dispatcher) Hold() (held func() bool, release func()) {

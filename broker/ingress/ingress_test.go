@@ -39,9 +39,7 @@ func TestStream(t *testing.T) {
 	if s := h.books.Charged(t, r.id); s.Completion != 3 || *s.Prompt != 3 {
 		t.Errorf("settled as %+v", s)
 	}
-	if n := h.keys.guarded(); n != 0 {
-		t.Errorf("%d replies are still guarded", n)
-	}
+	h.until("the reply not to be guarded any more", func() bool { return h.keys.guarded() == 0 })
 }
 
 func TestWhole(t *testing.T) {

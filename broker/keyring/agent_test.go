@@ -70,6 +70,39 @@ func TestAgents(t *testing.T) {
 	})
 }
 
+// What is looked up right behind a change is kept by the poll that brings the change: it is true.
+func TestAnswerOutlivesTheChangeBeforeIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newFake()
+		k := New(store, quiet)
+		running(t, k, func() {
+			synctest.Wait()
+			secret, key := credential.NewAgent(), apikey.New()
+			id := books.AgentIdentity{Agent: schemas.NewAgentID(), Tenant: schemas.NewTenantID()}
+			store.setAgent(secret, id.Agent, &id)
+			store.put(key, books.Identity{Key: schemas.NewKeyID(), TenantState: books.TenantActive, UserState: books.UserActive}, books.KindKey)
+			if _, err := k.AuthenticateAgent(t.Context(), secret); err != nil {
+				t.Error(err)
+			}
+			if _, err := k.Authenticate(t.Context(), key, ""); err != nil {
+				t.Error(err)
+			}
+			time.Sleep(2 * maxStale)
+			if _, ok := k.CachedAgent(secret); !ok {
+				t.Error("the agent has to be looked up once more")
+			}
+			if _, ok := k.Cached(key, ""); !ok {
+				t.Error("the key has to be looked up once more")
+			}
+			store.setAgent(secret, id.Agent, nil)
+			time.Sleep(2 * pollEvery)
+			if _, ok := k.CachedAgent(secret); ok {
+				t.Error("a later change doesn't throw it out")
+			}
+		})
+	})
+}
+
 // An answer that is older than the last poll is used once, and not kept.
 func TestLateAnswerOfAnAgent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -189,7 +189,8 @@ func (k *Keyring) poll(ctx context.Context) error {
 	return nil
 }
 
-// forget throws out what the changes touch.
+// forget throws out what the changes touch, unless it was read after them: whoever uses a key
+// right after it was made doesn't have it looked up once more, or refused where nothing may be.
 func (k *Keyring) forget(changes books.Changes) {
 	changed := setOf(changes)
 	k.mu.Lock()
@@ -202,12 +203,12 @@ func (k *Keyring) forget(changes books.Changes) {
 		return
 	}
 	for hash, id := range k.agents {
-		if changed[books.Change{Kind: books.KindAgent, ID: string(id.Agent)}] {
+		if id.Version < changes.Version && changed[books.Change{Kind: books.KindAgent, ID: string(id.Agent)}] {
 			delete(k.agents, hash)
 		}
 	}
 	for hash, id := range k.entries {
-		if changed.touch(id) {
+		if id.Version < changes.Version && changed.touch(id) {
 			delete(k.entries, hash)
 		}
 	}

@@ -195,8 +195,12 @@ func TestRaceForSlots(t *testing.T) {
 		gates = append(gates, g)
 		for range 40 {
 			wg.Go(func() {
-				for range 15 {
-					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(1+rand.IntN(60))*time.Millisecond)
+				for n := range 15 {
+					wait := time.Duration(1+rand.IntN(60)) * time.Millisecond
+					if n%3 == 0 {
+						wait = time.Minute // so that, on a busy machine too, many are let in
+					}
+					ctx, cancel := context.WithTimeout(t.Context(), wait)
 					grant, err := g.Admit(ctx, h.ask(1, 1))
 					if err == nil {
 						n := flying.Add(1)

@@ -12,6 +12,7 @@ func TestRolesInSeparateProcesses(t *testing.T) {
 	c := stack.StartCluster(t)
 	c.StartWorker(backend.URL)
 	edge := c.StartEdge()
+	awaitModel(t, []*stack.Edge{edge}, c.Key.Reveal(), demo.ModelID)
 	client := newClient(edge.BaseURL, c.Key.Reveal())
 	defer client.close()
 	for _, stream := range []bool{true, false} {

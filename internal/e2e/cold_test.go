@@ -163,7 +163,7 @@ func (o *ollama) install(present bool) {
 // when to come back: who comes back then is answered.
 func TestColdOllama(t *testing.T) {
 	t.Parallel()
-	o := newOllama(t, 3*time.Second)
+	o := newOllama(t, 2*time.Second)
 	up := stack.StartUp(t, t.TempDir(), "--backend", o.URL)
 	admin, err := adminapi.NewClient(strings.TrimSuffix(up.AdminURL, adminapi.Prefix), secret.String(up.AdminToken))
 	if err != nil {
@@ -211,13 +211,13 @@ func TestColdOllama(t *testing.T) {
 	for _, r := range together(8, func(i int) reply { return ask(i%2 == 0, "") }) {
 		answered(r)
 	}
-	if took, n := time.Since(began), o.loadsSoFar(); n != 1 || took < 3*time.Second {
+	if took, n := time.Since(began), o.loadsSoFar(); n != 1 || took < 2*time.Second {
 		t.Errorf("%d loads for the first requests, which took %s", n, took)
 	}
 	awaitState(schemas.ModelReady)
 
 	// A load that is like the last one.
-	o.unload(3 * time.Second)
+	o.unload(2 * time.Second)
 	awaitState(schemas.ModelCold)
 	began = time.Now()
 	r := ask(true, "0")
@@ -226,7 +226,7 @@ func TestColdOllama(t *testing.T) {
 		t.Errorf("who doesn't wait is told after %s", took)
 	}
 	if wait > 4*time.Second {
-		t.Errorf("the last load took 3 s, and the client is to wait for %s", wait)
+		t.Errorf("the last load took 2 s, and the client is to wait for %s", wait)
 	}
 	time.Sleep(wait) // as the client is told to
 	answered(ask(true, "1"))
@@ -425,7 +425,9 @@ func TestSeveralAgents(t *testing.T) {
 	stack.Until(t, 30*time.Second, "both agents to work", shared)
 	down.Store(true)
 	since := time.Now()
-	stack.Until(t, 5*time.Second, "the agent to get no work", func() bool { return ask(8) == 0 })
+	stack.Until(t, 5*time.Second+busyCores, "the agent to get no work", func() bool {
+		return logged(workers[1].Process, "backend isn't answering") && ask(8) == 0
+	})
 	t.Logf("it gets no work %s after its backend failed", time.Since(since))
 	for range 3 {
 		if n := ask(8); n != 0 {

@@ -224,7 +224,7 @@ func TestKilledEdgesLeakNothing(t *testing.T) {
 				edge.Kill()
 				slots, money := l.awaitReturn(f.key, since, backIn+late(), runEnds+backIn+late())
 				took.note("edge", slots, money)
-				wantReported(t, f, l.entries(f.key), reported(t, worker))
+				wantReported(t, f, l.entries(f.key), worker)
 			})
 			killed++
 		}
@@ -255,13 +255,23 @@ func TestKilledEdgesLeakNothing(t *testing.T) {
 }
 
 // wantReported makes sure that the ledger has what the worker counted.
-func wantReported(t *testing.T, f *flight, entries map[string]entry, reports map[string]int64) {
+func wantReported(t *testing.T, f *flight, entries map[string]entry, worker *stack.Worker) {
 	t.Helper()
 	f.wantPaid(t, entries)
 	bound := int64(promptBound(t))
+	var reports map[string]int64
+	stack.Until(t, 10*time.Second, "the worker's log to tell what it has counted", func() bool {
+		reports = reported(t, worker)
+		for id, e := range entries {
+			if _, lost := reports[id]; !lost && e.Outcome != "done" {
+				return false
+			}
+		}
+		return true
+	})
 	for id, e := range entries {
 		n, lost := reports[id]
-		if lost && n != e.Completion || !lost && e.Outcome != "done" || e.Prompt != bound {
+		if lost && n != e.Completion || e.Prompt != bound {
 			t.Errorf("ledger has %+v, the worker counted %d, with a prompt of %d; reported: %v", e, n, bound, lost)
 		}
 	}

@@ -38,6 +38,7 @@ func TestChangesBiteOnEveryEdge(t *testing.T) {
 	c := stack.StartCluster(t)
 	c.StartWorker(backend.URL)
 	here, there := c.StartEdge(), c.StartEdge()
+	awaitModel(t, []*stack.Edge{here, there}, c.Key.Reveal(), demo.ModelID)
 	api, err := adminapi.NewClient("http://"+here.Addr+adminapi.Prefix, secret.String(stack.AdminToken))
 	if err != nil {
 		t.Fatal(err)
@@ -63,7 +64,7 @@ func TestChangesBiteOnEveryEdge(t *testing.T) {
 	key := newKey(nil)
 	const within = time.Second
 	const slack = 1500 * time.Millisecond // for a busy machine
-	// bites waits until the other edge gives the answer, and then wants nothing else.
+	// bites waits until the other edge gives the answer, and settled then wants nothing else.
 	bites := func(what, key, want string, since time.Time) {
 		t.Helper()
 		for code(t, there, key) != want {
@@ -74,13 +75,17 @@ func TestChangesBiteOnEveryEdge(t *testing.T) {
 		if took := time.Since(since); took > within+slack {
 			t.Errorf("%s took %s", what, took)
 		}
+	}
+	settled := func(what, key, want string, since time.Time) {
+		t.Helper()
+		bites(what, key, want, since)
 		for range 20 {
 			if got := code(t, there, key); got != want {
 				t.Errorf("%s: after %q came %q", what, want, got)
 			}
 		}
 	}
-	bites("a new key", key.Secret, "", time.Now())
+	settled("a new key", key.Secret, "", time.Now())
 	for _, change := range []struct {
 		name, code string
 		do         func() error
@@ -94,13 +99,13 @@ func TestChangesBiteOnEveryEdge(t *testing.T) {
 		if err := change.do(); err != nil {
 			t.Fatalf("%s: %v", change.name, err)
 		}
-		bites(change.name, key.Secret, change.code, time.Now())
+		settled(change.name, key.Secret, change.code, time.Now())
 	}
 	// One that a request has asked for before it existed isn't remembered as missing.
 	made := time.Now()
 	short := newKey(func(in *adminapi.CreateKey) { in.TTLSeconds = 5 })
 	bites("a key with a TTL", short.Secret, "", made)
-	bites("its end", short.Secret, "key_expired", short.ExpiresAt.Add(0))
+	settled("its end", short.Secret, "key_expired", short.ExpiresAt.Add(0))
 	// An edge counts from before it asked the database, so it can be early by one query.
 	if time.Now().Before(short.ExpiresAt.Add(-slack)) {
 		t.Error("the key has expired before its time")
@@ -114,6 +119,7 @@ func TestEdgeStopsOnASignal(t *testing.T) {
 	c.StartWorker(backend.URL)
 	running := func(edge *stack.Edge, tokens int) chan reply {
 		t.Helper()
+		awaitModel(t, []*stack.Edge{edge}, c.Key.Reveal(), demo.ModelID)
 		before := backend.Stats().Tokens
 		ended := make(chan reply, 1)
 		go func() {
@@ -125,16 +131,16 @@ func TestEdgeStopsOnASignal(t *testing.T) {
 		return ended
 	}
 
-	patient := c.StartEdge("--drain-timeout", "20s")
-	stream := running(patient, 40)
-	patient.Signal(syscall.SIGTERM)
+	calm := c.StartEdge("--drain-timeout", "20s")
+	stream := running(calm, 40)
+	calm.Signal(syscall.SIGTERM)
 	r := <-stream
 	wantWhole(t, r)
 	if r.text != numbered(40) {
 		t.Errorf("text %q", r.text)
 	}
-	stack.Until(t, 30*time.Second, "the edge to end", func() bool { return !patient.Alive() })
-	if err := patient.Err(); err != nil {
+	stack.Until(t, 30*time.Second, "the edge to end", func() bool { return !calm.Alive() })
+	if err := calm.Err(); err != nil {
 		t.Errorf("the edge ended with %v", err)
 	}
 
@@ -165,6 +171,7 @@ func TestNothingSecretIsLogged(t *testing.T) {
 	c := stack.StartCluster(t, debug...)
 	worker := c.StartWorker(backend.URL, debug...)
 	edge := c.StartEdge(append(debug, "--first-token-timeout", "500ms", "--body-limit", "1MB")...)
+	awaitModel(t, []*stack.Edge{edge}, c.Key.Reveal(), demo.ModelID)
 	client := newClient(edge.BaseURL, c.Key.Reveal())
 	defer client.close()
 	say := []map[string]string{{"role": "user", "content": prompt}}

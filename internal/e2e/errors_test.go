@@ -47,7 +47,7 @@ type refusals struct {
 	*stack.Cluster
 	t       *testing.T
 	backend *stack.Backend
-	// main is an ordinary edge, hasty one that waits half a second for tokens, strict one
+	// main is an ordinary edge, hasty one that waits two seconds for tokens, strict one
 	// that has had enough of bad requests, and cut one that has lost its database.
 	main, hasty, strict, cut *stack.Edge
 	keys                     map[string]string
@@ -75,8 +75,9 @@ func newRefusals(t *testing.T, brokerArgs ...string) *refusals {
 	r.StartWorker(backend.URL)
 	leaving := r.StartWorker(other(awayModel))
 	r.mortal = r.StartWorker(other(mortal))
-	r.main = r.StartEdge(append(many, "--cold-wait", "300ms")...)
-	r.hasty = r.StartEdge(append(many, "--first-token-timeout", "500ms", "--idle-timeout", "500ms")...)
+	// What is held waits for as long as a test takes.
+	r.main = r.StartEdge(append(many, "--cold-wait", "300ms", "--first-token-timeout", "1h", "--total-timeout", "1h")...)
+	r.hasty = r.StartEdge(append(many, "--first-token-timeout", "2s", "--idle-timeout", "2s")...)
 	r.strict = r.StartEdge("--failure-rate", "0.001", "--failure-burst", "1")
 	direct := r.DatabaseURL
 	proxy := faultproxy.New(t, direct)
@@ -161,9 +162,37 @@ func (r *refusals) useUp() {
 	r.StartWorkerOf(tenant.ID, r.backend.URL, "--model", demo.ModelID)
 	_, r.keys["of the tenant drained"] = newKey(r.t, r.Cluster, books.NewKey{Tenant: tenant.Slug, User: string(user.ID)})
 	awaitModel(r.t, []*stack.Edge{r.main}, r.keys["of the tenant drained"], demo.ModelID)
-	// The bucket is as empty as if a dozen edges had let the same request in.
-	openLedger(r.t, r.DatabaseURL).exec(`
-		INSERT INTO tenant_buckets (tenant_id, full_at) VALUES ($1, (extract(epoch FROM now()) * 1000000000)::bigint + 50000000000)`, tenant.ID)
+	r.drain(tenant.ID)
+}
+
+// drain keeps the bucket of a tenant as empty as if a dozen edges had let the same request in.
+func (r *refusals) drain(tenant schemas.TenantID) {
+	r.t.Helper()
+	l := openLedger(r.t, r.DatabaseURL)
+	ctx, cancel := context.WithCancel(context.Background())
+	var work sync.WaitGroup
+	r.t.Cleanup(work.Wait)
+	r.t.Cleanup(cancel)
+	empty := func() {
+		// More than a minute ahead nobody believes.
+		_, err := l.pool.Exec(ctx, `
+			INSERT INTO tenant_buckets (tenant_id, full_at) VALUES ($1, (extract(epoch FROM now()) * 1000000000)::bigint + 50000000000)
+			ON CONFLICT (tenant_id) DO UPDATE SET full_at = excluded.full_at`, tenant)
+		if err != nil && ctx.Err() == nil {
+			r.t.Errorf("drain the bucket: %v", err)
+		}
+	}
+	empty()
+	work.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(5 * time.Second):
+				empty()
+			}
+		}
+	})
 }
 
 // fillQueue keeps the queue of the busy model full, and the slot of the key that has but
@@ -274,7 +303,7 @@ func TestEveryRefusal(t *testing.T) {
 		{name: "too large", code: "request_too_large", body: strings.Repeat(" ", 1<<20+1)},
 		{name: "too many bad requests", code: "too_many_failures", edge: r.strict, key: "malformed", retry: "2"},
 		{name: "full queue", code: "queue_full", members: `"model":"` + busyModel + `"`, retry: "2", says: busyModel},
-		{name: "backend that stalls", code: "agent_timeout", edge: r.hasty, members: `"stream":true,"demo":{"stall_after":0}`, says: "500ms"},
+		{name: "backend that stalls", code: "agent_timeout", edge: r.hasty, members: `"stream":true,"demo":{"stall_after":0}`, says: "2s"},
 		{name: "backend that fails", code: "backend_error", members: `"demo":{"status":500}`},
 		{name: "backend that is busy", code: "backend_error", members: `"demo":{"status":503,"retry_after":3}`, retry: "3"},
 		{name: "backend that dies", code: "backend_error", members: `"demo":{"die_after":0}`},

@@ -55,6 +55,7 @@ func TestFailover(t *testing.T) {
 	setPrice(t, c, "demo", 1000)
 
 	workers := []*stack.Worker{c.StartWorker(backend.URL).Serving(), c.StartWorker(backend.URL).Serving()}
+	awaitAgents(t, edge, len(workers))
 	stop := make(chan struct{})
 	var replies []reply
 	var mu sync.Mutex
@@ -119,13 +120,14 @@ func TestFailover(t *testing.T) {
 // says when it wakes up changes nothing. One that is stopped for a moment only isn't taken
 // for dead.
 func TestFailoverFromAFrozenWorker(t *testing.T) {
-	const streams, tokens, perSecond = 10, 450, 30
+	const streams, tokens, perSecond = 10, 600, 30 // long enough for a second worker to start meanwhile
 	backends := []*stack.Backend{stack.StartBackend(t, longDemo()), stack.StartBackend(t, longDemo())}
 	c := stack.StartCluster(t)
 	edge := c.StartEdge()
 	client, key := failoverClient(t, c, edge)
 	ledger := openLedger(t, c.DatabaseURL)
 	frozen := c.StartWorker(backends[0].URL).Serving()
+	awaitAgents(t, edge, 1)
 	var thawed sync.WaitGroup
 	thawed.Go(func() {
 		stack.Until(t, 30*time.Second, "streams to run", func() bool { return backends[0].Stats().Tokens > 20*streams })

@@ -24,7 +24,7 @@ import (
 // jobs counts the jobs in the queue.
 func jobs(t *testing.T, c *stack.Cluster) uint64 {
 	t.Helper()
-	nc, err := nats.Connect(c.NATSURL(), nats.UserInfo(bus.UserCore, c.Token()))
+	nc, err := nats.Connect(c.NATSURL(), nats.UserInfo(bus.UserCore, c.Token()), nats.Timeout(patient))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,9 +33,11 @@ func jobs(t *testing.T, c *stack.Cluster) uint64 {
 	if err != nil {
 		t.Fatal(err)
 	}
+	ctx, cancel := context.WithTimeout(t.Context(), patient) // for all of them
+	defer cancel()
 	var n uint64
 	for name := range schemas.JobStreams() {
-		stream, err := js.Stream(t.Context(), name)
+		stream, err := js.Stream(ctx, name)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -57,6 +59,7 @@ func natsRestart(t *testing.T, late time.Duration) {
 	c := stack.StartCluster(t)
 	c.StartWorker(backend.URL, "--slots", "4")
 	edge := c.StartEdge()
+	awaitModel(t, []*stack.Edge{edge}, c.Key.Reveal(), demo.ModelID)
 	setPrice(t, c, demo.ModelID, books.MicroCents)
 	key, secret := newKey(t, c, books.NewKey{BudgetCents: new(int64(1000))})
 	client := newClient(edge.BaseURL, secret)
@@ -108,6 +111,7 @@ func TestAgentDiesBeforeFirstToken(t *testing.T) {
 	c := stack.StartCluster(t)
 	doomed := c.StartWorker(slow.URL, "--slots", "2")
 	edge := c.StartEdge()
+	awaitModel(t, []*stack.Edge{edge}, c.Key.Reveal(), demo.ModelID)
 	setPrice(t, c, demo.ModelID, books.MicroCents)
 	key, secret := newKey(t, c, books.NewKey{BudgetCents: new(int64(1000))})
 	client := newClient(edge.BaseURL, secret)
@@ -159,20 +163,29 @@ func TestAgentDiesInMidStream(t *testing.T) {
 	c := stack.StartCluster(t)
 	doomed := c.StartWorker(backend.URL)
 	edge := c.StartEdge()
+	awaitModel(t, []*stack.Edge{edge}, c.Key.Reveal(), demo.ModelID)
 	client := newClient(edge.BaseURL, c.Key.Reveal())
 	defer client.close()
 	var died atomic.Int64
 	var killed sync.WaitGroup
+	ends := make([]time.Time, 10)
+	begun := make([]atomic.Bool, len(ends))
 	killed.Go(func() {
-		stack.Until(t, 30*time.Second, "tokens", func() bool { return backend.Stats().Tokens > 100 })
+		stack.Until(t, 30*time.Second, "tokens in every stream", func() bool {
+			for i := range begun {
+				if !begun[i].Load() {
+					return false
+				}
+			}
+			return true
+		})
 		died.Store(time.Now().UnixNano())
 		doomed.Kill()
 	})
-	ends := make([]time.Time, 10)
 	replies := together(len(ends), func(i int) reply {
-		r := client.chat(t.Context(), true, map[string]any{"demo": map[string]any{
+		r := client.follow(t.Context(), true, map[string]any{"demo": map[string]any{
 			"tokens": 1000, "numbered": true, "tokens_per_second": 20,
-		}})
+		}}, func(r *reply) { begun[i].Store(r.text != "") })
 		ends[i] = time.Now()
 		return r
 	})
@@ -201,6 +214,7 @@ func TestCancelRacesDelivery(t *testing.T) {
 	c := stack.StartCluster(t)
 	c.StartWorker(backend.URL, "--slots", "8")
 	edge := c.StartEdge()
+	awaitModel(t, []*stack.Edge{edge}, c.Key.Reveal(), demo.ModelID)
 	client := newClient(edge.BaseURL, c.Key.Reveal())
 	defer client.close()
 	const requests, parallel = 400, 20
@@ -224,6 +238,7 @@ func TestEdgeDies(t *testing.T) {
 	c := stack.StartCluster(t)
 	c.StartWorker(backend.URL)
 	edge, other := c.StartEdge(), c.StartEdge()
+	awaitModel(t, []*stack.Edge{edge, other}, c.Key.Reveal(), demo.ModelID)
 	client := newClient(edge.BaseURL, c.Key.Reveal())
 	defer client.close()
 	var killed sync.WaitGroup
@@ -254,6 +269,7 @@ func TestWorkerDrains(t *testing.T) {
 	c := stack.StartCluster(t)
 	first := c.StartWorker(backend.URL, "--slots", "2")
 	edge := c.StartEdge()
+	awaitModel(t, []*stack.Edge{edge}, c.Key.Reveal(), demo.ModelID)
 	client := newClient(edge.BaseURL, c.Key.Reveal())
 	defer client.close()
 	const streams = 6

@@ -161,5 +161,7 @@ func TestHeadersCount(t *testing.T) {
 		if got := rateHeadersOf(r.header); got.limit != "3" || got.remaining != "2" || got.tokensLeft == "" {
 			t.Errorf("alone: %+v", got)
 		}
+		// Who has slots left isn't kept waiting for the books at the end of a reply.
+		c.ledger.until(20*time.Second, "the slot to be back", key, func(h holding) bool { return h.InFlight == 0 })
 	}
 }

@@ -23,14 +23,29 @@ type publisher struct {
 	header nats.Header
 }
 
+// patient is how long a test waits for the bus to let it in, which takes a broker that is awake.
+const patient = 20 * time.Second
+
+// connect connects to the bus, though on a busy machine it may take more than one try of two
+// seconds. A longer try would be one that hangs for longer, too, when the connection is lost.
+func connect(t *testing.T, url string, options ...nats.Option) *nats.Conn {
+	t.Helper()
+	for began := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+		nc, err := nats.Connect(url, options...)
+		switch {
+		case err == nil:
+			return nc
+		case time.Since(began) > patient:
+			t.Fatal(err)
+		}
+	}
+}
+
 // newPublisher connects with a secret of the key, and waits until the brokers answer.
 func newPublisher(t *testing.T, url string, key schemas.KeyID, secret string, options ...nats.Option) *publisher {
 	t.Helper()
 	options = append(options, nats.Token(secret), nats.CustomInboxPrefix(schemas.PublisherInboxPrefix(key)), nats.MaxReconnects(-1))
-	nc, err := nats.Connect(url, options...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	nc := connect(t, url, options...)
 	t.Cleanup(nc.Close)
 	p := &publisher{nc: nc, key: key}
 	stack.Until(t, 30*time.Second, "a broker that answers publishers", func() bool {
@@ -38,6 +53,20 @@ func newPublisher(t *testing.T, url string, key schemas.KeyID, secret string, op
 		return err == nil
 	})
 	return p
+}
+
+// awaitModel waits until the brokers know a model, whichever of two or so is asked.
+func (p *publisher) awaitModel(t *testing.T) {
+	t.Helper()
+	stack.Until(t, 30*time.Second, "brokers that know a model", func() bool {
+		for range 20 {
+			var list schemas.ModelsAnswer
+			if p.ask(schemas.OperationModels, nil, &list) != nil || len(list.Data) == 0 {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 // heard is what a publisher has heard of a request.

@@ -41,7 +41,7 @@ func startNATSHouse(t *testing.T) *natsHouse {
 	h.ledger = openLedger(t, h.DatabaseURL)
 	setPrice(t, h.Cluster, demo.ModelID, books.MicroCents)
 	h.key, h.secret = newKey(t, h.Cluster, books.NewKey{Concurrency: new(1000)})
-	h.await(t, h.publisher(t))
+	h.publisher(t).awaitModel(t)
 	return h
 }
 
@@ -49,20 +49,6 @@ func startNATSHouse(t *testing.T) *natsHouse {
 func (h *natsHouse) publisher(t *testing.T, options ...nats.Option) *publisher {
 	t.Helper()
 	return newPublisher(t, h.NATSURL(), h.key, h.secret, options...)
-}
-
-// await waits until both brokers know the model.
-func (h *natsHouse) await(t *testing.T, p *publisher) {
-	t.Helper()
-	stack.Until(t, 30*time.Second, "brokers that know the model", func() bool {
-		for range 20 {
-			var list schemas.ModelsAnswer
-			if p.ask(schemas.OperationModels, nil, &list) != nil || len(list.Data) == 0 {
-				return false
-			}
-		}
-		return true
-	})
 }
 
 // idle waits until the backend has nothing to do, and says how long that took.
@@ -134,10 +120,7 @@ func (h *natsHouse) whoami(t *testing.T, p *publisher) {
 		t.Fatal(err)
 	}
 	stranger := schemas.KeyID(secret.Hash().Fingerprint())
-	nc, err := nats.Connect(h.NATSURL(), nats.UserInfo("anybody", h.secret), nats.CustomInboxPrefix(schemas.PublisherInboxPrefix(stranger)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	nc := connect(t, h.NATSURL(), nats.UserInfo("anybody", h.secret), nats.CustomInboxPrefix(schemas.PublisherInboxPrefix(stranger)))
 	defer nc.Close()
 	var same schemas.Whoami
 	if err := (&publisher{nc: nc, key: stranger}).ask(schemas.OperationWhoami, nil, &same); err != nil || same.Key != h.key || same.Prefix != who.Prefix {
@@ -218,6 +201,7 @@ func (h *natsHouse) lastSlot(ctx context.Context, t *testing.T) {
 	<-ended
 	// It has unsubscribed, and that is all that it says.
 	t.Logf("unsubscribed, and the backend was idle after %s", h.idle(t, time.Now()))
+	h.ledger.until(20*time.Second, "the slot to be back", id, func(held holding) bool { return held.InFlight == 0 })
 	for range 5 { // one after the other
 		wantDone(t, p.chat(ctx, true, map[string]any{"demo": map[string]any{"tokens": 3}}))
 	}
@@ -363,7 +347,7 @@ func (h *natsHouse) changes(ctx context.Context, t *testing.T) {
 			t.Fatal(err)
 		}
 		p := newPublisher(t, h.NATSURL(), k.ID, secret.Reveal())
-		h.await(t, p)
+		p.awaitModel(t)
 		before := h.backend.Stats()
 		ended := make(chan heard, 1)
 		left, leave := context.WithTimeout(ctx, 10*time.Second)
@@ -424,22 +408,27 @@ func (h *natsHouse) statistics(t *testing.T) {
 		}
 	}
 	requests, failed := 0, 0
-	for _, b := range gather(micro.StatsVerb) {
-		var stats micro.Stats
-		if err := json.Unmarshal(b, &stats); err != nil {
-			t.Fatal(err)
-		}
-		for _, e := range stats.Endpoints {
-			if e.Name != schemas.OperationChat {
-				continue
+	stack.Until(t, 20*time.Second, "no request to be active", func() bool {
+		requests, failed = 0, 0
+		active := 0
+		for _, b := range gather(micro.StatsVerb) {
+			var stats micro.Stats
+			if err := json.Unmarshal(b, &stats); err != nil {
+				t.Fatal(err)
 			}
-			var own struct{ Active, Errors int }
-			if err := json.Unmarshal(e.Data, &own); err != nil || own.Active != 0 {
-				t.Errorf("%s: %v", e.Data, err)
+			for _, e := range stats.Endpoints {
+				if e.Name != schemas.OperationChat {
+					continue
+				}
+				var own struct{ Active, Errors int }
+				if err := json.Unmarshal(e.Data, &own); err != nil {
+					t.Fatalf("%s: %v", e.Data, err)
+				}
+				requests, failed, active = requests+e.NumRequests, failed+own.Errors, active+own.Active
 			}
-			requests, failed = requests+e.NumRequests, failed+own.Errors
 		}
-	}
+		return active == 0
+	})
 	if requests < 10 || failed < 5 || failed >= requests {
 		t.Errorf("%d requests, %d of them failed", requests, failed)
 	}

@@ -375,10 +375,7 @@ func TestNATSCommand(t *testing.T) {
 	go func() {
 		ended <- n.run(t, c.NATSURL(), s.secret, "", "chat", chatWith(`"stream":true`, `"demo":{"tokens":100000,"numbered":true,"tokens_per_second":50}`))
 	}()
-	nc, err := nats.Connect(c.NATSURL(), nats.Token(s.secret))
-	if err != nil {
-		t.Fatal(err)
-	}
+	nc := connect(t, c.NATSURL(), nats.Token(s.secret))
 	defer nc.Close()
 	overheard, err := nc.SubscribeSync(schemas.PublisherInboxPrefix(s.key) + ".>")
 	if err != nil {

@@ -178,6 +178,7 @@ func TestNATSClusterLosesAServer(t *testing.T) {
 			o.NoRandomize, o.InboxPrefix = true, schemas.PublisherInboxPrefix(k.ID)
 			return nats.Token(secret.Reveal())(o)
 		})
+		(&publisher{nc: p.Conn, key: k.ID}).awaitModel(t)
 		l.keys, l.publishers = append(l.keys, k.ID), append(l.publishers, p)
 	}
 	t.Logf("up after %s", time.Since(began).Round(100*time.Millisecond))
@@ -216,16 +217,16 @@ func TestNATSClusterLosesAServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer system.Close()
-	agents := users(t, system, access.AccountAgents)
 	victim := -1
-	for i := range c.Servers {
-		if slices.ContainsFunc(agents[fmt.Sprint("nats-server-", i)], func(u string) bool { return strings.HasPrefix(u, "agt_") }) {
-			victim = i
+	stack.Until(t, 30*time.Second, "a server to say that a worker is there", func() bool {
+		agents := users(t, system, access.AccountAgents)
+		for i := range c.Servers {
+			if slices.ContainsFunc(agents[fmt.Sprint("nats-server-", i)], func(u string) bool { return strings.HasPrefix(u, "agt_") }) {
+				victim = i
+			}
 		}
-	}
-	if victim < 0 {
-		t.Fatalf("no worker is anywhere: %v", agents)
-	}
+		return victim >= 0
+	})
 	l.mu.Lock()
 	early := len(l.bad)
 	clear(l.worst)

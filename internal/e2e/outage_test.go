@@ -86,6 +86,7 @@ func TestPostgresAway(t *testing.T) {
 	for _, f := range flights {
 		held += int(f.taps[4].tokens.Load())
 	}
+	back := time.Now()
 	postgres.Start()
 	started := time.Now()
 	stack.Until(t, 30*time.Second, "requests to be let in again", func() bool {
@@ -124,7 +125,7 @@ func TestPostgresAway(t *testing.T) {
 			if !ok || e.Completion != 10 || e.Outcome != "done" {
 				t.Errorf("a whole reply is in the ledger as %+v", e)
 			}
-			if r.began.After(stopped) && r.began.Before(started) {
+			if r.began.After(stopped) && r.ended.Before(back) {
 				t.Errorf("a request was let in %s after the end of the database", r.began.Sub(stopped))
 			}
 		case r.code() == string(schemas.CodeInternalError) && r.status == http.StatusInternalServerError:

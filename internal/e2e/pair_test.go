@@ -70,6 +70,7 @@ func TestPairing(t *testing.T) {
 	identity := func(dir string) (id paired) {
 		t.Helper()
 		path := filepath.Join(dir, "worker.json")
+		stack.Until(t, 30*time.Second, "the worker to keep who it is", func() bool { _, err := os.Stat(path); return err == nil })
 		b, err := os.ReadFile(path)
 		if err == nil {
 			err = json.Unmarshal(b, &id)
@@ -115,6 +116,7 @@ func TestPairing(t *testing.T) {
 	for _, key := range []string{"", raced} {
 		again := worker(dirs[won], key)
 		stack.Until(t, 30*time.Second, "the worker to serve again", func() bool { return logged(again, "serving model") })
+		stack.Until(t, 30*time.Second, "the edge to hear of it", func() bool { return agent(id.Agent).State == adminapi.AgentUp })
 		wantWhole(t, c.chat(t.Context(), true, map[string]any{"model": "rig-model"}))
 		if now := identity(dirs[won]); now != id {
 			t.Error("another identity")
@@ -145,9 +147,9 @@ func TestPairing(t *testing.T) {
 	var gone adminapi.Agent
 	ownllm(&gone, "agents", "remove", string(id.Agent))
 	removed := time.Now()
-	stack.Until(t, 2*time.Second, "the worker to be cut off", func() bool { return logged(last, "bus connection lost") })
+	stack.Until(t, time.Second+busyCores, "the worker to be cut off", func() bool { return logged(last, "bus connection lost") })
 	t.Logf("cut off %s after the removal", time.Since(removed))
-	stack.Until(t, 2*time.Second, "the agent to be gone", func() bool { return agent(id.Agent) == nil })
+	stack.Until(t, time.Second+busyCores, "the agent to be gone", func() bool { return agent(id.Agent) == nil })
 	stack.Until(t, 30*time.Second, "the worker to be turned away", func() bool { return logged(last, "turns this worker away") })
 	r := c.chat(t.Context(), true, map[string]any{"model": "rig-model"})
 	if r.code() != string(schemas.CodeModelNotFound) {

@@ -55,10 +55,7 @@ func TestPublisherAttacks(t *testing.T) {
 func whois(t *testing.T, url string, key apikey.Key) schemas.Whoami {
 	t.Helper()
 	stranger := schemas.KeyID(key.Hash().Fingerprint())
-	nc, err := nats.Connect(url, nats.Token(key.Reveal()), nats.CustomInboxPrefix(schemas.PublisherInboxPrefix(stranger)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	nc := connect(t, url, nats.Token(key.Reveal()), nats.CustomInboxPrefix(schemas.PublisherInboxPrefix(stranger)))
 	defer nc.Close()
 	m, err := nc.Request(schemas.InSubject(stranger, schemas.OperationWhoami), nil, 10*time.Second)
 	var who schemas.Whoami
@@ -97,6 +94,7 @@ func attackBroker(t *testing.T, store *books.Store, key apikey.Key, url, token s
 		o.InboxPrefix = schemas.PublisherInboxPrefix(theirs)
 		return nats.Token(key.Reveal())(o)
 	})
+	(&publisher{nc: victim.Conn, key: theirs}).awaitModel(t)
 	frames := make(chan *nats.Msg, 65536)
 	heard := make(chan *nats.Msg, 1024)
 	inbox := victim.NewInbox()

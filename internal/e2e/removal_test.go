@@ -25,7 +25,7 @@ func TestRemovalCutsAtOnce(t *testing.T) {
 	worker := c.RestartWorker(dir, backend.URL, "--model", model).Serving()
 	clients := clientsOf(t, edges, c.Key.Reveal())
 	awaitModel(t, edges, c.Key.Reveal(), model)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), raceTime)
 	defer cancel()
 	doomed := &cause{cut: schemas.CodeAgentOffline, code: schemas.CodeModelNotFound, also: schemas.CodeAgentOffline}
 	runs := []*running{doomed.run(ctx, t, clients[0], model), doomed.run(ctx, t, clients[1], model)}

@@ -58,13 +58,15 @@ func TestFailuresAreReported(t *testing.T) {
 			}
 			return i >= 0
 		})
-		lines := of.Log()
-		i := slices.IndexFunc(lines, func(l string) bool {
-			return strings.Contains(l, "level=ERROR") && strings.Contains(l, "request="+request)
+		var lines []string
+		var i int
+		stack.Until(t, 20*time.Second, "the log to know "+request, func() bool { // it is written after the report is on its way
+			lines = of.Log()
+			i = slices.IndexFunc(lines, func(l string) bool {
+				return strings.Contains(l, "level=ERROR") && strings.Contains(l, "request="+request)
+			})
+			return i >= 0
 		})
-		if i < 0 {
-			t.Fatalf("the log of %s doesn't know %s", role, request)
-		}
 		if event.Title() != "request failed" || !strings.Contains(lines[i], `msg="request failed"`) || event.Exception[0].Value == "" ||
 			event.Tags["role"] != role || event.Release == "" || event.Environment != "staging" {
 			t.Errorf("the report %+v of %s", event, lines[i])

@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"net/http"
+	"sync"
 	"testing"
 	"time"
 
@@ -71,10 +72,13 @@ func TestChangesEndRunningReplies(t *testing.T) {
 			n := len(kinds) * len(clients)
 			took := make([]time.Duration, n)
 			changed := make(chan time.Time, 1)
+			var begun sync.Map // of the streams, those that have brought a token
 			go func() {
 				stack.Until(t, 30*time.Second, "replies to run", func() bool {
+					streams := 0
+					begun.Range(func(any, any) bool { streams++; return true })
 					s := c.backend.Stats()
-					return s.Active == int64(n) && s.Tokens > before.Tokens+20 || ctx.Err() != nil
+					return s.Active == int64(n) && s.Tokens > before.Tokens+20 && streams == len(clients) || ctx.Err() != nil
 				})
 				now := time.Now()
 				if err := change.do(k); err != nil {
@@ -84,7 +88,11 @@ func TestChangesEndRunningReplies(t *testing.T) {
 			}()
 			replies := together(n, func(i int) reply {
 				kind := kinds[i/len(clients)]
-				r := clients[i%len(clients)].chat(ctx, kind.stream, kind.fields)
+				r := clients[i%len(clients)].follow(ctx, kind.stream, kind.fields, func(r *reply) {
+					if r.text != "" {
+						begun.Store(i, true)
+					}
+				})
 				took[i] = time.Duration(time.Now().UnixNano())
 				return r
 			})

@@ -161,6 +161,7 @@ func TestDrainRunsOut(t *testing.T) {
 	client, key := failoverClient(t, c, edge)
 	hasty := []string{"--drain-timeout", "500ms"}
 	first := c.StartWorker(backends[0].URL, hasty...).Serving()
+	awaitAgents(t, edge, 1)
 	var second *stack.Worker
 	var stopped time.Time
 	var stopping sync.WaitGroup

@@ -73,8 +73,13 @@ func TestNoReplySubject(t *testing.T) {
 	if n := backend.Stats().Started; n != 2 {
 		t.Errorf("%d requests were run, want 2", n)
 	}
-	if n, _ := measured(t, c.Brokers[0].OpsURL, "ownllm_ingress_dropped_total", `reason="no_reply"`); n != sent {
-		t.Errorf("%v requests without a reply subject were counted, want %v", n, sent)
+	dropped := 0.0
+	stack.Until(t, 20*time.Second, "all without a reply subject to be counted", func() bool {
+		dropped, _ = measured(t, c.Brokers[0].OpsURL, "ownllm_ingress_dropped_total", `reason="no_reply"`)
+		return dropped >= sent
+	})
+	if dropped != sent {
+		t.Errorf("%v requests without a reply subject were counted, want %v", dropped, sent)
 	}
 	stack.Until(t, 30*time.Second, "a word of it in the log", func() bool { return logged(c.Broker, "request of a publisher can't be answered") })
 }
@@ -107,9 +112,10 @@ func TestSubmissionsOutliveTheDatabase(t *testing.T) {
 	}
 	// Nothing was lost, and nothing is held.
 	entries := openLedger(t, pg.Address).wantClosed(s.key, 30*time.Second)
-	if len(entries) < n || backend.Stats().Active != 0 {
-		t.Errorf("%d rows in the ledger for %d submissions, %d run still", len(entries), n, backend.Stats().Active)
+	if len(entries) < n {
+		t.Errorf("%d rows in the ledger for %d submissions", len(entries), n)
 	}
+	stack.Until(t, 30*time.Second, "the backend to be idle", func() bool { return backend.Stats().Active == 0 })
 	t.Logf("%d submissions, %d runs", n, len(entries))
 }
 
@@ -124,7 +130,7 @@ func TestSubmissionsOutliveABroker(t *testing.T) {
 	c.StartBroker(deadlines...)
 	backend := stack.StartBackend(t, demo.Options{})
 	c.StartWorker(backend.URL, "--slots", "16").Serving()
-	s := newSubmitter(t, c, books.NewKey{Concurrency: new(16)})
+	s := newSubmitter(t, c, books.NewKey{Concurrency: new(8)}) // so that most of them wait for a while
 	other, secret := newKey(t, c, books.NewKey{Concurrency: new(100)})
 	p := newPublisher(t, c.NATSURL(), other, secret)
 	nc := s.connect()
@@ -137,7 +143,7 @@ func TestSubmissionsOutliveABroker(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range n {
-		s.accept(fmt.Sprint(i), map[string]any{"demo": map[string]any{"text": fmt.Sprint("reply ", i), "first_token_ms": 500}})
+		s.accept(fmt.Sprint(i), map[string]any{"demo": map[string]any{"text": fmt.Sprint("reply ", i), "first_token_ms": 800}})
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -145,7 +151,7 @@ func TestSubmissionsOutliveABroker(t *testing.T) {
 	whole, broken := 0, 0
 	clients.Go(func() {
 		for ctx.Err() == nil {
-			bounded, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			bounded, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 			if r := p.chat(bounded, true, map[string]any{"demo": map[string]any{"tokens": 10}}); r.usage != nil {
 				whole++
 			} else {

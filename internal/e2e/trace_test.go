@@ -69,6 +69,7 @@ func TestOneTrace(t *testing.T) {
 	c := stack.StartCluster(t)
 	c.StartWorker(backend.URL)
 	edge := c.StartEdge()
+	awaitModel(t, []*stack.Edge{edge}, c.Key.Reveal(), demo.ModelID)
 
 	const trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 	client := newClient(edge.BaseURL, c.Key.Reveal())

@@ -309,10 +309,7 @@ func haveEverythingHappen(t *testing.T, c *stack.Cluster, w *wiretap) (wrong map
 	client := newClient(edges[0].BaseURL, secret)
 	defer client.close()
 	p := newPublisher(t, c.NATSURL(), key, secret)
-	stack.Until(t, 30*time.Second, "brokers that know the model", func() bool {
-		var list schemas.ModelsAnswer
-		return p.ask(schemas.OperationModels, nil, &list) == nil && len(list.Data) > 0
-	})
+	p.awaitModel(t)
 	pace := func(tokens int) map[string]any {
 		return map[string]any{"demo": map[string]any{"numbered": true, "tokens": tokens, "tokens_per_second": 100}}
 	}

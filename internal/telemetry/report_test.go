@@ -36,7 +36,7 @@ func reporter(t *testing.T, dsn string, level slog.Level) (log *slog.Logger, wri
 		t.Fatal(err)
 	}
 	return r.Logger(log), written, func() error {
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 4*time.Second)
 		defer cancel()
 		return r.Close(ctx)
 	}
@@ -161,7 +161,7 @@ func TestSentryIsAway(t *testing.T) {
 		for i := range 20 {
 			log.Error(fmt.Sprint("failure ", i)) //nolint:sloglint // different ones
 		}
-		if took := time.Since(began); took > time.Second {
+		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("20 failures took %s to log", took)
 		}
 		if err := flush(); err != nil {
@@ -182,7 +182,7 @@ func TestSentryHangs(t *testing.T) {
 	log.Error("failure")
 	began := time.Now()
 	err := flush()
-	if took := time.Since(began); err == nil || took < time.Second || took > 10*time.Second {
+	if took := time.Since(began); err == nil || took < 3*time.Second || took > 15*time.Second {
 		t.Errorf("the end took %s, %v", took, err)
 	}
 	close(block)

@@ -71,7 +71,7 @@ type household struct {
 	admin   *adminapi.Client
 	// tenant is a second tenant, whose agent has left and whose host is tenantURL.
 	tenant, tenantURL string
-	// hasty is an edge that waits a second for a token and three for a reply, strict one that has had enough of
+	// hasty is an edge that waits two seconds for a token and six for a reply, strict one that has had enough of
 	// bad requests, and cut one that has lost its database.
 	hasty, strict, cut string
 	// spent is a key whose money is spent, busy one with as many requests in flight as it may
@@ -103,7 +103,7 @@ func newHousehold(t *testing.T) *household {
 	h.newTenant(h.tenant)
 	h.visit()
 	h.mute()
-	h.hasty = h.startEdge(h.DatabaseURL, "--first-token-timeout", "1s", "--idle-timeout", "1s", "--total-timeout", "3s")
+	h.hasty = h.startEdge(h.DatabaseURL, "--first-token-timeout", "2s", "--idle-timeout", "2s", "--total-timeout", "6s")
 	h.strict = h.startEdge(h.DatabaseURL, "--failure-rate", "0.001", "--failure-burst", "1")
 	h.get(h.strict+"/models", "not a key")
 	books := faultproxy.New(t, h.DatabaseURL)
@@ -220,7 +220,7 @@ func (h *household) drain(tenant schemas.TenantID) {
 		defer close(done)
 		for n := 0; ctx.Err() == nil; n++ {
 			_, err := conn.Exec(ctx, `
-				INSERT INTO tenant_buckets (tenant_id, full_at) VALUES ($1, (extract(epoch FROM now()) * 1000000000)::bigint + 1000000000)
+				INSERT INTO tenant_buckets (tenant_id, full_at) VALUES ($1, (extract(epoch FROM now()) * 1000000000)::bigint + 2000000000)
 				ON CONFLICT (tenant_id) DO UPDATE SET full_at = excluded.full_at`, tenant)
 			if err != nil && ctx.Err() == nil {
 				h.t.Errorf("drain the bucket: %v", err)

@@ -187,9 +187,9 @@ async function aborted() {
 }
 
 async function reachesBackend(before) {
-  const deadline = Date.now() + 1500;
+  const deadline = Date.now() + 3500; // two seconds of them for busy cores
   while ((await aborted()) === before) {
-    assert.ok(Date.now() < deadline, "the backend still works 1.5 s after the client left");
+    assert.ok(Date.now() < deadline, "the backend still works 3.5 s after the client left");
     await sleep(20);
   }
 }
@@ -204,6 +204,7 @@ test("cancelling a stream reaches the backend", async () => {
 
 test("cancelling a reply reaches the backend", async () => {
   const before = await aborted();
-  await assert.rejects(create(SLOW, { signal: AbortSignal.timeout(500) }), OpenAI.APIUserAbortError);
+  // It gets there before.
+  await assert.rejects(create(SLOW, { signal: AbortSignal.timeout(3000) }), OpenAI.APIUserAbortError);
   await reachesBackend(before);
 });
