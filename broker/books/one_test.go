@@ -32,7 +32,10 @@ func TestOneIsAsMany(t *testing.T) {
 			var asks [2][]books.Ask
 			for n := range 60 {
 				var turns [2]books.Turn
-				again, which, what := r.IntN(8) == 0, r.IntN(n+1), r.IntN(4)
+				again, which, what := r.IntN(8) == 0, r.IntN(n+1), r.IntN(6)
+				if n == 50 {
+					now = now.AddDate(0, 1, 0)
+				}
 				prompt, limit := r.Int64N(400), r.Int64N(3)*r.Int64N(400)
 				settled := books.Settlement{
 					Completion: r.Int64N(500), Outcome: []books.Outcome{books.OutcomeDone, books.OutcomeError, books.OutcomeVoid, books.OutcomeCancelled}[r.IntN(4)],
@@ -42,13 +45,16 @@ func TestOneIsAsMany(t *testing.T) {
 				}
 				for i, c := range []*client{one, many} {
 					a := c.ask(prompt, limit)
-					if x := &turns[i]; what == 0 && len(asks[i]) > 0 {
+					x := &turns[i]
+					settles := what < 3 && len(asks[i]) > 0
+					if settles {
 						settled.Request, settled.Key = asks[i][which%len(asks[i])].Request, c.key.ID
 						if again {
 							settled.Request = schemas.NewRequestID()
 						}
 						x.Settle = append(x.Settle, settled)
-					} else {
+					}
+					if !settles || what > 0 {
 						if again && len(asks[i]) > 0 {
 							a = asks[i][which%len(asks[i])]
 						}
@@ -59,9 +65,11 @@ func TestOneIsAsMany(t *testing.T) {
 						}
 					}
 				}
-				if x := &turns[1]; len(x.Settle) > 0 {
+				x := &turns[1]
+				if len(x.Settle) > 0 {
 					x.Settle = append(x.Settle, books.Settlement{Request: schemas.NewRequestID(), Key: other.key.ID, Outcome: books.OutcomeDone})
-				} else {
+				}
+				if len(x.Admit) > 0 {
 					x.Admit = append(x.Admit, other.ask(1, 1))
 				}
 				got, err := s.Turn(t.Context(), turns[0])
@@ -89,4 +97,39 @@ func TestOneIsAsMany(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A slot that goes from one request to the next in one turn is a release, too, for whoever
+// waits for one: it isn't passed over in silence.
+func TestSlotIsPassedOn(t *testing.T) {
+	c := newClient(t, open(t), limits{concurrency: 2, qps: 1000})
+	woken := listen(t, c.s)
+	last := c.ask(1, 1)
+	c.admit(last)
+	pass := func() {
+		t.Helper()
+		next := c.ask(1, 1)
+		out, err := c.s.Turn(t.Context(), books.Turn{
+			Settle: []books.Settlement{{Request: last.Request, Key: c.key.ID, Completion: 1, Outcome: books.OutcomeDone}},
+			Admit:  []books.Ask{next}, Lease: c.lease,
+		})
+		c.must(err)
+		if out.Settled[0] != books.StateOpen || out.Admit[0].Reason != books.Admitted {
+			t.Errorf("the slot is passed on by %+v", out)
+		}
+		last = next
+	}
+	pass()
+	c.submit("1")
+	waiting := c.claim(1)
+	wantClaims(t, waiting, "1")
+	c.admit(c.ask(1, 1)) // which gets ahead of it
+	if !c.giveBack(books.Return{Claim: &waiting[0], For: books.WaitsForSlot, Code: schemas.CodeConcurrencyLimit, Pause: time.Hour}) {
+		t.Fatal("the claim was somebody else's")
+	}
+	drain(woken)
+	pass()
+	await(t, woken)
+	c.settle(last, 1, 1, books.OutcomeDone)
+	wantClaims(t, c.claim(1), "1")
 }

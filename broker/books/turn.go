@@ -44,6 +44,9 @@ type Ask struct {
 	Prompt int64
 	// Limit is the most tokens that the reply can have; 0 stands for an open end.
 	Limit int64
+	// Most is how many tokens an open end can use in all. Beyond what it gets anyway it is
+	// granted as much of that as there is money for, as by an Alter; 0 asks for no more.
+	Most int64
 	// Agent is whom the job goes to; it may be empty and may be changed.
 	Agent schemas.AgentID
 	// Timeout is when, counted from the admission, the request is over whatever happens.
@@ -87,8 +90,12 @@ type Decision struct {
 	Wait time.Duration
 
 	// Limit is the most tokens that the reply may have for now, and Amount what is held
-	// for prompt and reply, in micro-cents.
+	// for prompt and reply, in micro-cents. Amount and BudgetFree don't count what a Most
+	// got beyond the rest.
 	Limit, Amount int64
+	// Grown says that the Most of an open end got what there is: more than the rest, or
+	// nobody else holds any money.
+	Grown bool
 	// Price is that of 1,000 tokens, in micro-cents; it stays for this request.
 	Price int64
 	// Month is the first day of the month that the request is charged to.
@@ -197,40 +204,81 @@ type Outcomes struct {
 // An error that wraps ErrUnavailable leaves it open whether the turn was taken. It may be
 // taken again, with the same requests.
 func (s *Store) Turn(ctx context.Context, turn Turn) (Outcomes, error) {
-	settle, alter, admit := settleArgs(turn.Settle), alterArgs(turn.Alter), admitArgs(turn)
 	lock := lockArgs(turn)
+	settle, alter, admit, grow := settleArgs(turn.Settle), alterArgs(turn.Alter), admitArgs(turn), growth(turn.Admit)
 	var out Outcomes
+	var grown []Altered
 	err := s.once(ctx, "take a turn", func(ctx context.Context) error {
-		out = Outcomes{}
+		out, grown = Outcomes{}, nil
 		batch := &pgx.Batch{}
-		batch.Queue(`SELECT books_lock($1, $2)`, lock.tenants, lock.keys)
-		switch len(turn.Settle) {
-		case 0:
-		case 1:
-			s.queueSettleOne(batch, settle, &out.Settled)
-		default:
-			s.queueSettle(batch, turn.Settle, settle, &out.Settled)
+		if isOfOne(lock, settle, alter, admit) {
+			s.queueTurnOfOne(batch, turn, lock.keys[0], settle, admit, &out)
+		} else {
+			s.queueTurn(batch, turn, lock, settle, alter, admit, &out)
 		}
-		if len(turn.Alter) > 0 {
-			queueAlter(batch, alter, &out.Altered)
-		}
-		switch len(admit.ids) {
-		case 0:
-		case 1:
-			s.queueAdmitOne(batch, turn, admit, &out.Admit)
-		default:
-			s.queueAdmit(batch, turn, lock, admit, &out.Admit)
+		if len(grow) > 0 {
+			queueAlter(batch, alterArgs(grow), &grown)
 		}
 		return s.pool.SendBatch(ctx, batch).Close()
 	})
 	if err != nil {
 		return Outcomes{}, err
 	}
-	if len(out.Settled) != len(turn.Settle) || len(out.Altered) != len(turn.Alter) || len(out.Admit) != len(turn.Admit) {
+	if len(out.Settled) != len(turn.Settle) || len(out.Altered) != len(turn.Alter) || len(out.Admit) != len(turn.Admit) || len(grown) != len(grow) {
 		return Outcomes{}, fmt.Errorf("take a turn: %d, %d and %d answers to %d, %d and %d questions",
-			len(out.Settled), len(out.Altered), len(out.Admit), len(turn.Settle), len(turn.Alter), len(turn.Admit))
+			len(out.Settled), len(out.Altered)+len(grown), len(out.Admit), len(turn.Settle), len(turn.Alter)+len(grow), len(turn.Admit))
+	}
+	for i := range turn.Admit {
+		if turn.Admit[i].grows() {
+			out.Admit[i].grow(grown[0])
+			grown = grown[1:]
+		}
 	}
 	return out, nil
+}
+
+// queueTurn queues all of a turn but what is grown.
+func (s *Store) queueTurn(batch *pgx.Batch, turn Turn, lock locks, settle settleColumns, alter alterColumns, admit admitColumns, out *Outcomes) {
+	batch.Queue(`SELECT books_lock($1, $2)`, lock.tenants, lock.keys)
+	switch len(turn.Settle) {
+	case 0:
+	case 1:
+		s.queueSettleOne(batch, settle, &out.Settled)
+	default:
+		s.queueSettle(batch, turn.Settle, settle, &out.Settled)
+	}
+	if len(turn.Alter) > 0 {
+		queueAlter(batch, alter, &out.Altered)
+	}
+	switch len(admit.ids) {
+	case 0:
+	case 1:
+		s.queueAdmitOne(batch, turn, admit, &out.Admit)
+	default:
+		s.queueAdmit(batch, turn, lock, admit, &out.Admit)
+	}
+}
+
+// grows reports whether more than the first tokens of an open end is asked for.
+func (a *Ask) grows() bool { return a.Limit <= 0 && a.Most > 0 }
+
+// growth is what asks want beyond their admission, in their order. What isn't admitted has
+// nothing to be altered.
+func growth(asks []Ask) (list []Alter) {
+	for i := range asks {
+		if x := &asks[i]; x.grows() {
+			list = append(list, Alter{Request: x.Request, Key: x.Key, Limit: x.Most})
+		}
+	}
+	return list
+}
+
+// grow takes in what came of an Ask's Most.
+func (d *Decision) grow(a Altered) {
+	if d.Reason == Admitted && a.State == StateOpen {
+		d.Grown = a.Limit > d.Limit || a.Others == 0
+		d.Limit = max(d.Limit, a.Limit)
+	}
 }
 
 // locks are the rows that a turn works on, without repetition, in their order.
@@ -295,17 +343,6 @@ func (s *Store) queueSettle(batch *pgx.Batch, list []Settlement, c settleColumns
 				}
 			}
 			return nil
-		})
-}
-
-// queueSettleOne is queueSettle for one settlement.
-func (s *Store) queueSettleOne(batch *pgx.Batch, c settleColumns, out *[]State) {
-	batch.Queue(`SELECT books_settle_one($1, $2, $3, $4, $5, $6)`, s.at(), c.ids[0], c.keys[0], c.prompts[0], c.completions[0], c.outcomes[0]).
-		QueryRow(func(row pgx.Row) error {
-			var state State
-			err := row.Scan(&state)
-			*out = append(*out, state)
-			return err
 		})
 }
 
@@ -410,7 +447,7 @@ func positions(list []string) map[string]int32 {
 	return m
 }
 
-// decisionColumns are what books_admit and books_admit_one return.
+// decisionColumns are what books_admit, books_admit_one and books_turn_one return.
 const decisionColumns = `reason, granted, reserved_amount, token_price, charged_month, slots, slots_free, budget, budget_free, wait_ms`
 
 func (s *Store) queueAdmit(batch *pgx.Batch, turn Turn, lock locks, c admitColumns, out *[]Decision) {
@@ -418,15 +455,6 @@ func (s *Store) queueAdmit(batch *pgx.Batch, turn Turn, lock locks, c admitColum
 		FROM books_admit($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)`,
 		s.at(), turn.Lease.Owner, turn.Lease.Epoch, turn.openTokens(), lock.tenants, lock.keys, c.keyTenants, c.priceTenants, c.priceModels,
 		c.ids, c.askKeys, c.askPrices, c.prompts, c.limits, c.agents, c.timeouts).
-		Query(c.decisions(out))
-}
-
-// queueAdmitOne is queueAdmit for a turn that asks for one request, be it several times.
-func (s *Store) queueAdmitOne(batch *pgx.Batch, turn Turn, c admitColumns, out *[]Decision) {
-	x := &turn.Admit[0]
-	batch.Queue(`SELECT `+decisionColumns+` FROM books_admit_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)`,
-		s.at(), turn.Lease.Owner, turn.Lease.Epoch, turn.openTokens(), x.Tenant, x.Key, x.Model, x.Request,
-		c.prompts[0], c.limits[0], c.agents[0], c.timeouts[0]).
 		Query(c.decisions(out))
 }
 
@@ -442,12 +470,10 @@ func (c *admitColumns) decisions(out *[]Decision) func(pgx.Rows) error {
 	return func(rows pgx.Rows) error {
 		list := make([]Decision, 0, len(c.ids))
 		for rows.Next() {
-			var d Decision
-			var wait int64
-			if err := rows.Scan(&d.Reason, &d.Limit, &d.Amount, &d.Price, &d.Month, &d.Slots, &d.SlotsFree, &d.Budget, &d.BudgetFree, &wait); err != nil {
+			d, err := scanDecision(rows)
+			if err != nil {
 				return err
 			}
-			d.Wait = time.Duration(wait) * time.Millisecond
 			list = append(list, d)
 		}
 		if rows.Err() != nil || len(list) != len(c.ids) {
@@ -458,6 +484,14 @@ func (c *admitColumns) decisions(out *[]Decision) func(pgx.Rows) error {
 		}
 		return nil
 	}
+}
+
+// scanDecision reads the decisionColumns, and before them what else there is.
+func scanDecision(row pgx.Row, before ...any) (d Decision, err error) {
+	var wait int64
+	err = row.Scan(append(before, &d.Reason, &d.Limit, &d.Amount, &d.Price, &d.Month, &d.Slots, &d.SlotsFree, &d.Budget, &d.BudgetFree, &wait)...)
+	d.Wait = time.Duration(wait) * time.Millisecond
+	return d, err
 }
 
 func clamp(tokens int64) int64 { return min(max(tokens, 0), MaxTokens) }

@@ -91,10 +91,14 @@ func (r *Reply) assign(agent schemas.AgentID) error {
 func (r *Reply) admit(agent schemas.AgentID) error {
 	b, d := &r.bill, r.d
 	asked := time.Now()
-	grant, err := d.gate.Admit(r.ctx, quota.Ask{
+	ask := quota.Ask{
 		Request: r.req.ID, Tenant: r.req.Tenant, Key: r.req.Key, Model: r.req.Model,
 		Prompt: r.req.Prompt, Limit: r.req.Limit, Agent: agent, Timeout: d.cfg.Total - time.Since(r.req.Received),
-	})
+	}
+	if !r.req.Stream {
+		ask.Most = r.req.Most // what comes in one piece can't be given more on the way
+	}
+	grant, err := d.gate.Admit(r.ctx, ask)
 	d.metrics.Admitted(r.ctx, time.Since(asked))
 	r.mu.Lock()
 	b.grant = grant
@@ -108,8 +112,8 @@ func (r *Reply) admit(agent schemas.AgentID) error {
 		return err
 	}
 	limit := grant.Limit
-	if grant.Open && !r.req.Stream && grant.Price > 0 && limit < r.req.Most {
-		// What comes in one piece can't be given more on the way.
+	if grant.Open && !grant.Grown && !r.req.Stream && grant.Price > 0 && limit < r.req.Most {
+		// The gate didn't know that it takes money, or others hold what is wanted.
 		ctx, cancel := context.WithTimeout(b.changes, topUpWait)
 		defer cancel()
 		if limit, err = d.gate.Extend(ctx, &b.grant, limit, r.req.Most); err != nil {

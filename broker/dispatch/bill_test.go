@@ -139,6 +139,10 @@ func TestWholeReplyWithoutALimit(t *testing.T) {
 	if d := a.pull(); d.job.Limit != 32768 || d.job.More {
 		t.Errorf("the job may have %d tokens, more %t", d.job.Limit, d.job.More)
 	}
+	// It is known now that the model has a price, so the books are asked once.
+	req.ID = schemas.NewRequestID()
+	h.start(req)
+	a.pull().want(schemas.Frame{Kind: schemas.FrameClaim}, schemas.Verdict{Go: true, Next: 1, Limit: 32768})
 }
 
 // What is free has no limit, and what the window doesn't hold isn't asked for.

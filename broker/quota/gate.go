@@ -23,6 +23,8 @@ type Grant struct {
 	// Open says that the client gave no limit, and that more can be asked for, see
 	// Gate.Extend.
 	Open bool
+	// Grown says that Limit has in it what there is of the Most that was asked for.
+	Grown bool
 	// Price is that of 1,000 tokens, in micro-cents.
 	Price int64
 	Rate  Rate
@@ -114,6 +116,9 @@ func (g *Gate) shard(key schemas.KeyID) *shard {
 // ctx if that has ended; then nothing is held. What was let in must be settled. An id is
 // asked for once: a request that is tried again as a whole is another one.
 func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
+	if !g.prospects.priced(ask.Key, ask.Model) {
+		ask.Most = 0 // what is free has no bound, and the question isn't
+	}
 	bounded, cancel := context.WithTimeout(ctx, g.cfg.Wait)
 	defer cancel()
 	a, err := g.ask(bounded, ask)
@@ -128,7 +133,7 @@ func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
 		if ctx.Err() == nil && bounded.Err() != nil {
 			err = errAway()
 		}
-		g.prospects.note(ask.Key, ask.Model, false, 0, false)
+		g.prospects.refused(ask.Key, ask.Model)
 		return Grant{}, err
 	}
 	d := &a.decision
@@ -136,18 +141,18 @@ func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
 		Slots: d.Slots, SlotsFree: d.SlotsFree, Budget: d.Budget, BudgetFree: d.BudgetFree, Price: d.Price,
 	})}
 	if err := refusal(d); err != nil {
-		g.prospects.note(ask.Key, ask.Model, false, 0, false)
+		g.prospects.refused(ask.Key, ask.Model)
 		return grant, err
 	}
 	grant.Request, grant.Key, grant.Limit, grant.Price = ask.Request, ask.Key, d.Limit, d.Price
 	grant.lease, grant.term, grant.Scarce = g.lease, a.term, scarce(d)
 	if ask.Limit <= 0 {
-		grant.Open = true
+		grant.Open, grant.Grown = true, d.Grown
 		if d.Price == 0 {
 			grant.Limit = books.MaxTokens // what is free needs no reserve
 		}
 	}
-	g.prospects.note(ask.Key, ask.Model, true, room(d), grant.Rate.HasBudget)
+	g.prospects.admitted(ask.Key, ask.Model, d)
 	return grant, nil
 }
 

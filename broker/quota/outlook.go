@@ -36,6 +36,7 @@ type prospects struct {
 
 type prospect struct {
 	budget  bool
+	price   int64
 	room    int       // how many requests may have an outlook at the same time
 	given   int       // how many have one
 	refused time.Time // when the key last was
@@ -81,26 +82,35 @@ func room(d *books.Decision) int {
 	return n / 4
 }
 
-// note takes in what became of an admission.
-func (p *prospects) note(key schemas.KeyID, model string, admitted bool, room int, budget bool) {
+// admitted takes in that a request was let in.
+func (p *prospects) admitted(key schemas.KeyID, model string, d *books.Decision) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	k := rateKey{key, model}
 	of := p.all[k]
-	switch {
-	case of != nil:
-	case !admitted:
-		return
-	default:
+	if of == nil {
 		if len(p.all) >= maxRates {
 			clear(p.all)
 		}
 		of = &prospect{}
 		p.all[k] = of
 	}
-	if !admitted {
+	of.room, of.budget, of.price = room(d), d.Budget != nil && d.Price > 0, d.Price
+}
+
+// refused takes in that a request wasn't let in.
+func (p *prospects) refused(key schemas.KeyID, model string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if of := p.all[rateKey{key, model}]; of != nil {
 		of.room, of.refused = 0, time.Now()
-		return
 	}
-	of.room, of.budget = room, budget
+}
+
+// priced reports whether the model had a price for the key's last request.
+func (p *prospects) priced(key schemas.KeyID, model string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	of := p.all[rateKey{key, model}]
+	return of != nil && of.price > 0
 }

@@ -119,3 +119,36 @@ func TestOutlooksAreBounded(t *testing.T) {
 	}
 	kept.Over()
 }
+
+// More than the first tokens is asked for together with the admission once the model is known
+// to have a price.
+func TestMost(t *testing.T) {
+	in(t, func(t *testing.T) {
+		f := &fake{}
+		g, _ := start(t, f, quota.Config{})
+		for i, c := range []struct {
+			price, asked int64
+			grown        bool
+		}{{1, 0, false}, {1, 500, true}, {0, 500, true}, {0, 0, false}, {1, 0, false}} {
+			f.set(func() {
+				f.take = func(turn books.Turn) (books.Outcomes, error) {
+					most := turn.Admit[0].Most
+					if most != c.asked {
+						t.Errorf("request %d asks for %d", i, most)
+					}
+					return books.Outcomes{Admit: []books.Decision{{Limit: max(most, 7), Price: c.price, Slots: 9, SlotsFree: 8, Grown: most > 0}}}, nil
+				}
+			})
+			a := ask("k")
+			a.Limit, a.Most = 0, 500
+			grant, err := g.Admit(t.Context(), a)
+			want := max(c.asked, 7)
+			if c.price == 0 {
+				want = books.MaxTokens
+			}
+			if err != nil || !grant.Open || grant.Grown != c.grown || grant.Limit != want {
+				t.Errorf("request %d gets %+v, %v", i, grant, err)
+			}
+		}
+	})
+}

@@ -108,6 +108,11 @@ func (l *Books) Turn(_ context.Context, turn books.Turn) (out books.Outcomes, er
 			l.Purse -= d.Limit
 			l.holds[a.Request], l.Agents[a.Request] = d.Limit, a.Agent
 			d.Amount = d.Limit
+			if more := min(a.Most-d.Limit, l.Purse); a.Limit <= 0 && a.Most > 0 {
+				d.Grown = more > 0 || len(l.holds) == 1
+				more = max(more, 0)
+				d.Limit, l.Purse, l.holds[a.Request] = d.Limit+more, l.Purse-more, d.Limit+more
+			}
 		}
 		d.BudgetFree = l.Purse
 		out.Admit = append(out.Admit, d)
