@@ -245,11 +245,12 @@ func (s *stack) settle(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startWait)
 	defer cancel()
 	for {
-		if active, err := s.active(ctx); err != nil || active == 0 {
+		left, err := s.active(ctx)
+		if err != nil || left == 0 {
 			return err
 		}
 		if err := pause(ctx, gatherLook); err != nil {
-			return fmt.Errorf("the backend still has requests: %w", err)
+			return fmt.Errorf("the backend still has %d requests: %w", left, err)
 		}
 	}
 }
