@@ -102,18 +102,22 @@ func loadAsyncAPI(t *testing.T) *asyncAPI {
 	return d
 }
 
-// channel is the name of the channel that a subject is of, or empty.
-func (d *asyncAPI) channel(subject string) string {
+// channel is the name of the channel that a subject is of, or empty: of several the one that
+// leaves the least open.
+func (d *asyncAPI) channel(subject string) (channel string) {
 	tokens := strings.Split(subject, ".")
+	least := len(tokens) + 1
 	for name, c := range d.Channels {
 		if c.Address == nil {
 			continue
 		}
 		if slices.EqualFunc(strings.Split(*c.Address, "."), tokens, func(want, got string) bool { return want == got || want[0] == '{' }) {
-			return name
+			if open := strings.Count(*c.Address, "{"); open < least {
+				channel, least = name, open
+			}
 		}
 	}
-	return ""
+	return channel
 }
 
 // replies are the messages by which those to a channel may be answered.
@@ -145,6 +149,20 @@ func (d *asyncAPI) judge(names []string, data []byte) (string, error) {
 			return name, nil
 		case schema == nil:
 			return name, nil
+		case name == "bundle" && len(data) > 0:
+			// The first entry is judged here, and the others one after the other.
+			var frame, left []byte
+			if _, frame, left, err = schemas.CutEntry(data); err != nil {
+				continue
+			}
+			if _, err = d.judge([]string{"frame"}, frame); err != nil {
+				continue
+			}
+			if len(left) > 0 {
+				if _, err = d.judge([]string{"bundle"}, left); err != nil {
+					continue
+				}
+			}
 		}
 		part := data
 		if m.ContentType == "application/x-ownllm-head" {
@@ -205,9 +223,14 @@ func tapWires(t *testing.T, c *stack.Cluster) *wiretap {
 
 // heardOn reports whether anything came to a subject that begins so.
 func (w *wiretap) heardOn(prefix string) bool {
+	return w.heardOf(func(subject string) bool { return strings.HasPrefix(subject, prefix) })
+}
+
+// heardOf reports whether there was a message on one of the subjects.
+func (w *wiretap) heardOf(subject func(string) bool) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return slices.ContainsFunc(w.heard, func(h overheard) bool { return strings.HasPrefix(h.msg.Subject, prefix) })
+	return slices.ContainsFunc(w.heard, func(h overheard) bool { return subject(h.msg.Subject) })
 }
 
 // The subjects of nats-server, JetStream and micro themselves, and the one of them whose
@@ -299,7 +322,7 @@ func haveEverythingHappen(t *testing.T, c *stack.Cluster, w *wiretap) (wrong map
 	c.StartBroker("--open-tokens", "16") // a second one, so that they ask each other
 	edges := c.StartEdges(2, "--open-tokens", "16")
 	setPrice(t, c, demo.ModelID, 1)
-	key, secret := newKey(t, c, books.NewKey{BudgetCents: new(int64(100))})
+	key, secret := newKey(t, c, books.NewKey{BudgetCents: new(int64(100)), Concurrency: new(1000)})
 	backend := stack.StartBackend(t, longDemo())
 	workers := []*stack.Worker{c.StartWorker(backend.URL).Serving(), c.StartWorker(backend.URL).Serving()}
 	cut := faultproxy.New(t, c.NATSURL())
@@ -372,6 +395,14 @@ func haveEverythingHappen(t *testing.T, c *stack.Cluster, w *wiretap) (wrong map
 	stack.Until(t, 30*time.Second, "streams to run", func() bool { return backend.Stats().Started >= running+6 })
 	workers[0].Kill()
 	streams.Wait()
+	// So many at the worker that is left that it gathers frames, sooner or later.
+	bundles := func() bool { return w.heardOf(schemas.IsBundle) }
+	for n := 0; n < 20 && !bundles(); n++ {
+		for range 100 {
+			streams.Go(func() { wantWhole(t, client.chat(ctx, true, pace(100))) })
+		}
+		streams.Wait()
+	}
 	c.RestartWorker(workers[0].Dir, backend.URL).Serving()
 	doomed := newClient(edges[1].BaseURL, secret)
 	defer doomed.close()
