@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -50,14 +51,15 @@ func (q *Queue) retire(ctx context.Context) error {
 }
 
 // patiently asks JetStream for something, and again for as long as ctx allows while it has
-// no leader to answer: what is asked of a cluster then is often never answered at all.
+// no leader to answer, or a server that is needed for a copy is away, as some are while a
+// cluster starts: what is asked of a cluster then is often never answered at all.
 func patiently(ctx context.Context, ask func(context.Context) error) error {
 	const try = 5 * time.Second
 	for {
 		tryCtx, cancel := context.WithTimeout(ctx, try)
 		err := ask(tryCtx)
 		cancel()
-		if err == nil || !Down(err) && !leaderless(err) {
+		if err == nil || !Down(err) && !leaderless(err) && !serverAway(err) {
 			return err
 		}
 		timer := time.NewTimer(lookMost)
@@ -68,6 +70,14 @@ func patiently(ctx context.Context, ask func(context.Context) error) error {
 		case <-timer.C:
 		}
 	}
+}
+
+// serverAway reports whether err is what JetStream says when there would be servers enough for
+// a stream's copies if all were there.
+func serverAway(err error) bool {
+	const noPeers jetstream.ErrorCode = 10005 // the reason is in the text alone
+	var api *jetstream.APIError
+	return errors.As(err, &api) && api.ErrorCode == noPeers && strings.Contains(api.Description, "peer offline")
 }
 
 // provision creates or updates a stream, unless that would take it back.
