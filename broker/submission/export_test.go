@@ -22,6 +22,18 @@ func (s *Scheduler) Enter(list []books.Claim) []bool { return s.enter(list) }
 
 func (s *Scheduler) Leave(c *books.Claim) { s.leave(c) }
 
+// Turns counts the keys of which it is known when they last had a turn, and MostTurns bounds them.
+func (s *Scheduler) Turns() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.rooms {
+		n += len(r.turns)
+	}
+	return n
+}
+
+const MostTurns = mostTurns
+
 // Waiting counts those who wait for a result.
 func (s *Scheduler) Waiting() int {
 	s.mu.Lock()

@@ -1,6 +1,8 @@
 package submission
 
 import (
+	"maps"
+
 	"github.com/ownllm/ownllm/broker/books"
 	"github.com/ownllm/ownllm/schemas"
 )
@@ -14,9 +16,23 @@ type place struct {
 // room is who is at a place. Once it is empty it is forgotten: whoever comes then finds room.
 type room struct {
 	runs int
-	// turns is when each key last entered, counted in entries.
+	// turns is when each key last entered, counted in entries, of those that did lately.
 	turns   map[schemas.KeyID]uint64
 	entries uint64
+}
+
+// mostTurns bounds for how many keys a room knows when they entered: one that is never empty
+// would come to know all there are. Half of them are kept; the turns of others are so long
+// ago that it is as if they had had none.
+const mostTurns = 1024
+
+func (r *room) note(key schemas.KeyID) {
+	r.runs++
+	r.entries++
+	r.turns[key] = r.entries
+	if len(r.turns) > mostTurns {
+		maps.DeleteFunc(r.turns, func(_ schemas.KeyID, at uint64) bool { return at+mostTurns/2 <= r.entries })
+	}
 }
 
 // enter decides which of the claims go to their models, and reports that in their order. A
@@ -50,9 +66,7 @@ func (s *Scheduler) enter(list []books.Claim) []bool {
 			r = &room{turns: make(map[schemas.KeyID]uint64)}
 			s.rooms[p] = r
 		}
-		r.runs++
-		r.entries++
-		r.turns[list[next].Key] = r.entries
+		r.note(list[next].Key)
 	}
 	return entered
 }
