@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"go.uber.org/goleak"
 
 	"github.com/ownllm/ownllm/broker/apikey"
@@ -223,8 +222,9 @@ func (o offers) UpsertAgent(ctx context.Context, r books.AgentReport) error {
 // work runs a worker of a new agent.
 func (h *house) work(tenant schemas.TenantID, b backend.Config, log *slog.Logger) {
 	id := schemas.NewAgentID()
-	connect := func() *nats.Conn { return h.bus.Agent(tenant, id) }
-	w := worker.New(connect(), connect(), worker.Config{
+	bulk := bus.NewSideline(h.bus.AgentConfig(tenant, id), worker.BulkRest, log)
+	h.t.Cleanup(bulk.Close)
+	w := worker.New(h.bus.Agent(tenant, id), bulk, worker.Config{
 		Tenant: tenant, Agent: id, Host: "test", Backends: []backend.Config{b}, Drain: time.Second,
 	}, log)
 	h.run("worker", w.Run)

@@ -26,8 +26,7 @@ type wire struct {
 func newWire(t *testing.T) *wire {
 	t.Helper()
 	server := natstest.Start(t)
-	tokens := server.Connect("worker")
-	l := &wire{w: New(tokens, tokens, Config{Tenant: testTenant, Agent: testAgent}, natstest.Log), nc: server.Connect("owners")}
+	l := &wire{w: newTestWorker(t, server, server.Connect("worker")), nc: server.Connect("owners")}
 	var err error
 	if l.sent, err = l.nc.SubscribeSync(schemas.Prefix + "out.>"); err != nil {
 		t.Fatal(err)

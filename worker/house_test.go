@@ -36,6 +36,10 @@ const (
 	patience = time.Minute
 	// slack is what busy cores may add to a promised time.
 	slack = 2 * time.Second
+	// bulkName is what the second connection is called, and bulkRest is worker.BulkRest for those
+	// who wait for its end.
+	bulkName = "bulk"
+	bulkRest = 200 * time.Millisecond
 )
 
 // until waits for a condition that nothing signals.
@@ -151,11 +155,20 @@ func newHouseWith(t testing.TB, cfg worker.Config, change func(*worker.Worker)) 
 	background(t, registry.New(broker, h.queue, store{h.nats.Agents()}, h.table, natstest.Log).Run)
 	cfg.Tenant, cfg.Agent, cfg.Host, cfg.Software = tenant, agent, "host", "test"
 	h.tokens = h.nats.Agent(tenant, agent)
-	w := worker.New(h.tokens, h.nats.Agent(tenant, agent), cfg, natstest.Log)
+	w := worker.New(h.tokens, newBulk(t, h.nats), cfg, natstest.Log)
 	change(w)
 	h.stop = background(t, w.Run)
 	until(t, "the worker", func() bool { return h.status().State == schemas.AgentUp && len(h.status().Models) > 0 })
 	return h
+}
+
+// newBulk returns the second connection of the worker.
+func newBulk(t testing.TB, server *natstest.Server) *bus.Sideline {
+	t.Helper()
+	cfg := server.AgentConfig(tenant, agent)
+	bulk := bus.NewSideline(cfg.As(cfg.User, bulkName), bulkRest, natstest.Log)
+	t.Cleanup(bulk.Close)
+	return bulk
 }
 
 // one is a worker with one backend.

@@ -23,11 +23,18 @@ type lone struct {
 	stopped error
 }
 
+// newTestWorker returns a worker that doesn't run.
+func newTestWorker(t *testing.T, server *natstest.Server, tokens *nats.Conn) *Worker {
+	t.Helper()
+	bulk := bus.NewSideline(server.Config("bulk"), BulkRest, natstest.Log)
+	t.Cleanup(bulk.Close)
+	return New(tokens, bulk, Config{Tenant: testTenant, Agent: testAgent}, natstest.Log)
+}
+
 func newLone(t *testing.T) *lone {
 	t.Helper()
 	server := natstest.Start(t)
-	tokens := server.Connect("worker")
-	w := New(tokens, tokens, Config{Tenant: testTenant, Agent: testAgent}, natstest.Log)
+	w := newTestWorker(t, server, server.Connect("worker"))
 	job := &schemas.Job{Request: "req_1", Nonce: schemas.NewNonce(), Owner: "own_1", Tenant: testTenant, Model: testModel}
 	l := &lone{nc: server.Connect("owner")}
 	l.sender = newSender(w, job, "ack", func(cause error) { l.stopped = cause })
@@ -218,8 +225,8 @@ func TestGapThatStays(t *testing.T) {
 // attempt.
 func TestFetchBody(t *testing.T) {
 	server := natstest.Start(t)
-	bulk, owner := server.Connect("worker"), server.Connect("owner")
-	w := New(bulk, bulk, Config{Tenant: testTenant, Agent: testAgent}, natstest.Log)
+	owner := server.Connect("owner")
+	w := newTestWorker(t, server, server.Connect("worker"))
 	body := strings.Repeat("0123456789", 40_000)
 	job := &schemas.Job{Request: "req_1", Nonce: schemas.NewNonce(), Owner: "own_1", Tenant: testTenant, Model: testModel, BodySize: len(body)}
 	r := &run{w: w, job: job}
@@ -237,7 +244,7 @@ func TestFetchBody(t *testing.T) {
 	}
 	later := fetch(t.Context())
 	// That nobody was there at first shows in an answer that an earlier request got.
-	if _, err := bulk.Request(schemas.BodySubject(testAgent, job.Owner, job.Nonce), nil, patience); !bus.Down(err) {
+	if _, err := w.askBulk(t.Context(), schemas.BodySubject(testAgent, job.Owner, job.Nonce), nil); !bus.Down(err) {
 		t.Fatalf("somebody is there: %v", err)
 	}
 	asked := 0

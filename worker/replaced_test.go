@@ -18,7 +18,7 @@ func TestReplacedWorker(t *testing.T) {
 	s := newServer(t, demo.Options{})
 	h := newHouse(t, worker.Config{Backends: []backend.Config{{URL: s.URL, Slots: 1}}, Drain: patience})
 	fresh := func() *worker.Worker {
-		return worker.New(h.nats.Agent(tenant, agent), h.nats.Agent(tenant, agent), worker.Config{
+		return worker.New(h.nats.Agent(tenant, agent), newBulk(t, h.nats), worker.Config{
 			Tenant: tenant, Agent: agent, Host: "host", Software: "test",
 			Backends: []backend.Config{{URL: s.URL, Slots: 1}}, Drain: patience,
 		}, natstest.Log)

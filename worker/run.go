@@ -309,9 +309,7 @@ func (r *run) fetchBody(ctx context.Context) ([]byte, error) {
 	subject := schemas.BodySubject(r.w.cfg.Agent, r.job.Owner, r.job.Nonce)
 	body := make([]byte, 0, r.job.BodySize)
 	for len(body) < r.job.BodySize {
-		askCtx, cancel := context.WithTimeout(ctx, fetchWait)
-		m, err := r.w.bulk.RequestWithContext(askCtx, subject, schemas.BodyRequest{Offset: len(body)}.Encode())
-		cancel()
+		m, err := r.w.askBulk(ctx, subject, schemas.BodyRequest{Offset: len(body)}.Encode())
 		switch {
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
@@ -331,6 +329,17 @@ func (r *run) fetchBody(ctx context.Context) ([]byte, error) {
 		body = append(body, m.Data...)
 	}
 	return body, nil
+}
+
+// askBulk asks over the second connection.
+func (w *Worker) askBulk(ctx context.Context, subject string, question []byte) (answer *nats.Msg, err error) {
+	err = w.bulk.Use(func(nc *nats.Conn) error {
+		askCtx, cancel := context.WithTimeout(ctx, fetchWait)
+		defer cancel()
+		answer, err = nc.RequestWithContext(askCtx, subject, question)
+		return err
+	})
+	return answer, err
 }
 
 const (

@@ -63,11 +63,10 @@ func newBadLine(t *testing.T) *badLine {
 			t.Error(err)
 		}
 	})
-	tokens := server.Agent(testTenant, testAgent, testModel)
 	line := server.Config("line")
 	line.InboxPrefix = schemas.AgentInboxPrefix(testAgent)
 	l := &badLine{
-		w:  New(tokens, tokens, Config{Tenant: testTenant, Agent: testAgent}, natstest.Log),
+		w:  newTestWorker(t, server, server.Agent(testTenant, testAgent, testModel)),
 		nc: server.Open(line), d: d,
 	}
 	l.inbox = l.nc.NewInbox()

@@ -78,7 +78,7 @@ func TestBrokersOfOtherVersions(t *testing.T) {
 				t.Fatal(err)
 			}
 			log := &lines{}
-			w := worker.New(server.Agent(tenant, agent, "demo"), server.Agent(tenant, agent, "demo"), worker.Config{
+			w := worker.New(server.Agent(tenant, agent, "demo"), newBulk(t, server), worker.Config{
 				Tenant: tenant, Agent: agent, Host: "host", Software: "test",
 				Backends: []backend.Config{{URL: s.URL, Slots: 1}}, Drain: patience,
 			}, slog.New(slog.NewTextHandler(log, nil)))

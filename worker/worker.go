@@ -61,8 +61,8 @@ type Config struct {
 type Worker struct {
 	cfg         Config
 	incarnation schemas.Incarnation
-	tokens      *nats.Conn // frames, control, jobs
-	bulk        *nats.Conn // large bodies, so that they never delay a token
+	tokens      *nats.Conn    // frames, control, jobs
+	bulk        *bus.Sideline // large bodies, so that they never delay a token, and reports
 	stock       *stock
 	reports     *reports
 	departed    departed
@@ -82,8 +82,13 @@ type Worker struct {
 	past  past                   // the jobs that were at hand
 }
 
-// New returns a worker that uses the two connections. The caller closes them.
-func New(tokens, bulk *nats.Conn, cfg Config, log *slog.Logger) *Worker {
+// BulkRest is for how long nothing is asked of the second connection until it is closed. It is
+// long enough for a conversation with an image in it, whose every turn is a large body.
+const BulkRest = time.Minute
+
+// New returns a worker that uses the two connections: tokens all the time, bulk for large
+// bodies and for reports on requests without owners. The caller closes them.
+func New(tokens *nats.Conn, bulk *bus.Sideline, cfg Config, log *slog.Logger) *Worker {
 	w := &Worker{
 		cfg: cfg, incarnation: cfg.Incarnation, tokens: tokens, bulk: bulk,
 		log: log.With("agent", cfg.Agent), inbox: tokens.NewInbox(),
@@ -103,7 +108,7 @@ func New(tokens, bulk *nats.Conn, cfg Config, log *slog.Logger) *Worker {
 	w.stock = newStock(cfg.Backends, w.log)
 	w.bundles = newBundles(cfg.Agent, tokens, w.log)
 	w.reports = newReports(func(ctx context.Context, u *schemas.UsageReport) error {
-		return bus.ReportUsage(ctx, w.bulk, cfg.Tenant, cfg.Agent, u)
+		return bulk.Use(func(nc *nats.Conn) error { return bus.ReportUsage(ctx, nc, cfg.Tenant, cfg.Agent, u) })
 	}, w.log)
 	if w.incarnation == "" {
 		w.incarnation = schemas.NewIncarnation()

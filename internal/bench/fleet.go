@@ -70,11 +70,7 @@ func (f *Fleet) board(a Enlisted, log *slog.Logger) (w *worker.Worker, leave fun
 	if err != nil {
 		return nil, nil, err
 	}
-	bulk, err := bus.Connect(address.As(string(a.Agent), "ownllm-worker-bulk"), log)
-	if err != nil {
-		tokens.Close()
-		return nil, nil, err
-	}
+	bulk := bus.NewSideline(address.As(string(a.Agent), "ownllm-worker-bulk"), worker.BulkRest, log)
 	w = worker.New(tokens, bulk, worker.Config{
 		Tenant: a.Tenant, Agent: a.Agent, Incarnation: incarnation, Host: "fleet", Software: "bench",
 		Backends: []backend.Config{{URL: f.Backend}}, Drain: fleetDrain,

@@ -51,8 +51,9 @@
 //
 // Each estate has a stack of its own, so its rounds aren't in turns with those of others:
 // compare CPU times rather than rates. Its agents are workers as they are, in one process
-// apart, each with two connections, its heartbeats, its consumer and its pulls; all of
-// them have the same model, on one backend. With 10 tenants and 1,000 agents each tenant has
+// apart, each with its connection, its heartbeats, its consumer and its pulls; all of
+// them have the same model, on one backend. None is sent a large body, so none has its second
+// connection open. With 10 tenants and 1,000 agents each tenant has
 // 100; with 10,000 tenants the first 1,000 have one, and the keys.
 //
 // # Durable requests

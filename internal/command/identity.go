@@ -96,23 +96,23 @@ func ownIdentity(ctx context.Context, dir string, store *books.Store, tenant sch
 	return id, id.write(path)
 }
 
-// newWorker connects the worker of an agent. The address is how to connect, but for who
-// connects.
+// newWorker connects the worker of an agent; leave closes its connections. The address is how
+// to connect, but for who connects.
 // beside is its way to its server beside the bus, or nil: with one it waits for the bus.
-func newWorker(address bus.Config, id identity, beside worker.Aside, backends []backend.Config, drain time.Duration, tel *tele, log *slog.Logger) (*worker.Worker, conns, error) {
+func newWorker(address bus.Config, id identity, beside worker.Aside, backends []backend.Config, drain time.Duration, tel *tele, log *slog.Logger) (w *worker.Worker, leave func(), err error) {
 	incarnation := schemas.NewIncarnation()
 	address.Password, address.InboxPrefix = id.Credential, schemas.AgentInboxPrefix(id.Agent)
 	address.Patient = beside != nil
-	c, err := connect(log,
-		address.As(string(id.Agent), schemas.ConnectionName(id.Tenant, incarnation)),
-		address.As(string(id.Agent), "ownllm-worker-bulk"))
+	c, err := connect(log, address.As(string(id.Agent), schemas.ConnectionName(id.Tenant, incarnation)))
 	if err != nil {
 		return nil, nil, err
 	}
-	return worker.New(c[0], c[1], worker.Config{
+	bulk := bus.NewSideline(address.As(string(id.Agent), "ownllm-worker-bulk"), worker.BulkRest, log)
+	w = worker.New(c[0], bulk, worker.Config{
 		Tenant: id.Tenant, Agent: id.Agent, Incarnation: incarnation, Host: hostName(), Software: Version(), Aside: beside,
 		Backends: backends, Drain: drain, Metrics: tel.metrics, Tracer: tel.tracer,
-	}, log), c, nil
+	}, log)
+	return w, func() { c.close(); bulk.Close() }, nil
 }
 
 // hostName is the name of this machine, for people.

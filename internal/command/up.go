@@ -178,11 +178,11 @@ func (c *upCommand) Run(ctx context.Context, env *Environment) (err error) {
 	if err != nil {
 		return err
 	}
-	w, links, err := newWorker(natsConfig, own, nil, backends, c.DrainTimeout, tel, log)
+	w, leave, err := newWorker(natsConfig, own, nil, backends, c.DrainTimeout, tel, log)
 	if err != nil {
 		return err
 	}
-	defer links.close()
+	defer leave()
 	api, ops, err := c.ListenOptions.open()
 	if err != nil {
 		return err

@@ -95,11 +95,11 @@ func (c *workerCommand) Run(ctx context.Context, env *Environment) error {
 		return err
 	}
 	defer beside.close()
-	w, links, err := newWorker(natsConfig, own, beside.or(), backends, c.DrainTimeout, tel, log)
+	w, leave, err := newWorker(natsConfig, own, beside.or(), backends, c.DrainTimeout, tel, log)
 	if err != nil {
 		return err
 	}
-	defer links.close()
+	defer leave()
 	ops, err := listen("--ops-listen", c.OpsListen)
 	if err != nil {
 		return err
