@@ -34,31 +34,41 @@ func (r *Reply) outlook(choice presence.Choice) (quota.Outlook, bool) {
 
 // ahead admits the request and publishes its first attempt at the same time. refused says why
 // it wasn't admitted, and err what became of the attempt.
+//
+// The books take longer than the queue, so they are asked from here, and publishing is left to
+// another goroutine: a new one gets to run only after this one has begun to wait.
 func (r *Reply) ahead(choice presence.Choice, ends uint64, outlook quota.Outlook) (refused, err error) {
-	admitted := make(chan error, 1)
-	go func() {
-		err := r.admit(choice.Agent)
-		outlook.Over()
-		admitted <- err
-	}()
-	err = r.publish(choice, ends, &outlook)
-	timer := time.NewTimer(r.d.holdFor)
-	defer timer.Stop()
-	select {
-	case refused = <-admitted:
-	case <-timer.C:
-		if a := r.cur; err == nil && r.takeBack(a) {
-			r.remove(a)
-			err = errChooseAgain
-		}
-		refused = <-admitted
-	}
+	admitted, published := make(chan struct{}), make(chan error, 1)
+	go func() { published <- r.publishAhead(choice, ends, &outlook, admitted) }()
+	refused = r.admit(choice.Agent)
+	outlook.Over()
+	close(admitted)
+	err = <-published
 	if errors.Is(err, bus.ErrQueueFull) {
 		// By others that wait for admission, perhaps: that is no reason to refuse one that
 		// was admitted.
 		err = errChooseAgain
 	}
 	return refused, err
+}
+
+// publishAhead publishes an attempt, and takes it back if its request isn't admitted in time.
+// Unless publishing fails, it returns once one or the other has happened.
+func (r *Reply) publishAhead(choice presence.Choice, ends uint64, outlook *quota.Outlook, admitted <-chan struct{}) error {
+	if err := r.publish(choice, ends, outlook); err != nil {
+		return err
+	}
+	timer := time.NewTimer(r.d.holdFor)
+	defer timer.Stop()
+	select {
+	case <-admitted:
+	case <-timer.C:
+		if a := r.cur; r.takeBack(a) {
+			r.remove(a)
+			return errChooseAgain
+		}
+	}
+	return nil
 }
 
 // takeBack retires an attempt, unless its request has been admitted meanwhile.
