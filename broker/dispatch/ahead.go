@@ -13,7 +13,8 @@ import (
 // A job may be published while the books are still being asked, so that the way through the
 // queue to a worker's slot costs no time of its own. Its claim is held: it is answered once
 // the request is admitted, and the worker, which the job tells to wait for that, calls no
-// backend before. So nothing runs that isn't admitted. If the request is refused, the job is
+// backend before. So nothing runs that the books haven't let in; see Reply.foreseen for those that
+// are still writing that down. If the request is refused, the job is
 // taken back as that of a client who has left; if this process dies, the worker hears that
 // nobody listens, as with any claim.
 //
