@@ -91,7 +91,7 @@ func (s *Store) foreseeTurnOfOne(ctx context.Context, turn Turn, key string, set
 			return err
 		}
 		p := conn.PgConn().StartPipeline(ctx)
-		defer p.Close()
+		defer p.Close() //nolint:errcheck // what goes wrong is told before
 		p.SendQueryPrepared(statement.Name, args.ParamValues, args.ParamFormats, args.ResultFormats)
 		p.SendFlushRequest()
 		if err := p.Sync(); err != nil {
