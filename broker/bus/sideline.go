@@ -52,7 +52,7 @@ func (s *Sideline) take() (*nats.Conn, error) {
 	if s.closed {
 		return nil, nats.ErrConnectionClosed
 	}
-	if s.nc == nil {
+	if s.nc == nil || s.nc.IsClosed() { // the client library gives up after some errors of the server
 		nc, err := Connect(s.cfg, s.log)
 		if err != nil {
 			return nil, err

@@ -50,8 +50,10 @@ func TestSideline(t *testing.T) {
 	if err := s.Use(func(*nats.Conn) error { return failure }); !errors.Is(err, failure) {
 		t.Errorf("an error comes back as %v", err)
 	}
+	first.Close()
+	second := flush(t, s)
 	s.Close()
-	awaitClosed(t, first)
+	awaitClosed(t, second)
 	if err := s.Use(func(*nats.Conn) error { t.Error("it is still used"); return nil }); !bus.Down(err) {
 		t.Errorf("after its end: %v", err)
 	}
