@@ -154,13 +154,7 @@ func (s *Server) Addr() string { return s.srv.Addr().String() }
 func (s *Server) WebSocketURL() string { return s.srv.WebsocketURL() }
 
 // InProcessConn implements nats.InProcessConnProvider.
-func (s *Server) InProcessConn() (net.Conn, error) {
-	nc, err := s.srv.InProcessConn()
-	if err != nil {
-		return nil, err
-	}
-	return pieces{nc}, nil
-}
+func (s *Server) InProcessConn() (net.Conn, error) { return s.srv.InProcessConn() }
 
 // Stop shuts the server down and waits until it has.
 func (s *Server) Stop() {
