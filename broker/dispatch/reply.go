@@ -118,6 +118,7 @@ func (r *Reply) OnStall(f func()) {
 func (r *Reply) Next() Event {
 	for {
 		r.mu.Lock()
+		r.unread.back()
 		if r.bill.grant.Expired() {
 			// Others may have settled it: nothing more may be delivered.
 			r.fail(quota.ErrEnded)

@@ -39,11 +39,29 @@ func (u *unread) copy(payload []byte) {
 	u.add(u.text[start:len(u.text):len(u.text)])
 }
 
-// hand takes all lines. They are good until the next call.
+// hand takes all lines. They are good until back or hand is called.
 func (u *unread) hand() [][]byte {
-	lines := u.lines
-	u.lines, u.handed.lines = u.handed.lines, lines
-	u.text, u.handed.text = u.handed.text, u.text
+	lines, text := u.lines, u.text
+	u.lines, u.text = u.handed.lines, u.handed.text
+	u.handed.lines, u.handed.text = lines, text
+	u.reuse()
+	u.size = 0
+	return lines
+}
+
+// back says that the reader is done with what it has, so that one that keeps up needs no
+// second memory.
+func (u *unread) back() {
+	if u.handed.lines == nil || len(u.lines) > 0 {
+		return
+	}
+	u.lines, u.text = u.handed.lines, u.handed.text
+	u.handed.lines, u.handed.text = nil, nil
+	u.reuse()
+}
+
+// reuse empties memory that nobody reads any more.
+func (u *unread) reuse() {
 	clear(u.lines)
 	if u.lines = u.lines[:0]; cap(u.lines) > maxLines {
 		u.lines = nil
@@ -51,8 +69,6 @@ func (u *unread) hand() [][]byte {
 	if u.text = u.text[:0]; cap(u.text) > maxText {
 		u.text = nil
 	}
-	u.size = 0
-	return lines
 }
 
 // drop forgets all lines.

@@ -8,8 +8,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// What was handed out is what came, in its order, and stays as it is until more is asked for,
-// whatever comes meanwhile and whatever becomes of the memory that it came in.
+// What was handed out is what came, in its order, and stays as it is until the reader
+// is done with it, whatever comes meanwhile and whatever becomes of the memory that it came in.
 func TestUnread(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		var u unread
@@ -41,6 +41,10 @@ func TestUnread(t *testing.T) {
 			"hand": func(*rapid.T) {
 				got, handed, want = u.hand(), want, nil
 			},
+			"back": func(*rapid.T) {
+				u.back()
+				got, handed = nil, nil
+			},
 			"drop": func(*rapid.T) {
 				u.drop()
 				want = nil
@@ -66,13 +70,20 @@ func TestUnread(t *testing.T) {
 func TestUnreadAllocatesNothing(t *testing.T) {
 	var u unread
 	payload := bytes.Repeat([]byte("x"), 200)
-	token := func() {
-		u.copy(payload)
-		_ = u.hand()
-	}
-	token()
-	token()
-	if n := testing.AllocsPerRun(100, token); n > 0 {
-		t.Errorf("a token costs %v allocations", n)
+	for _, prompt := range []bool{true, false} {
+		token := func() {
+			u.copy(payload)
+			if _ = u.hand(); prompt {
+				u.back()
+			}
+		}
+		token()
+		token()
+		if n := testing.AllocsPerRun(100, token); n > 0 {
+			t.Errorf("a token costs %v allocations", n)
+		}
+		if second := u.handed.text != nil; second == prompt {
+			t.Errorf("there is a second memory: %t", second)
+		}
 	}
 }
