@@ -72,8 +72,16 @@ func TestOneIsAsMany(t *testing.T) {
 				if len(x.Admit) > 0 {
 					x.Admit = append(x.Admit, other.ask(1, 1))
 				}
+				var foreseen []books.Decision
+				if early := r.IntN(2) == 0 && len(turns[0].Admit) > 0; early {
+					turns[0].Foreseen = func(d books.Decision) { foreseen = append(foreseen, d) }
+				}
 				got, err := s.Turn(t.Context(), turns[0])
 				one.must(err)
+				if diff := cmp.Diff(got.Admit, foreseen); turns[0].Foreseen != nil && diff != "" {
+					t.Fatalf("step %d, %+v (-decided +foreseen):\n%s", n, turns[0], diff)
+				}
+				turns[0].Foreseen = nil
 				want, err := s.Turn(t.Context(), turns[1])
 				many.must(err)
 				want.Settled, want.Admit = want.Settled[:len(got.Settled)], want.Admit[:len(got.Admit)]
@@ -96,6 +104,43 @@ func TestOneIsAsMany(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// What a turn has decided is told before it is committed, and may come to nothing.
+func TestForeseen(t *testing.T) {
+	s := open(t)
+	c := newClient(t, s, limits{cents: 2, concurrency: 100, qps: 1000})
+	c.must(s.Exec(t.Context(), `
+		CREATE TABLE commits (may boolean);
+		CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+			WHILE NOT EXISTS (SELECT FROM commits) LOOP PERFORM pg_sleep(0.01); END LOOP;
+			IF NOT (SELECT bool_and(may) FROM commits) THEN RAISE 'no'; END IF;
+			RETURN NULL;
+		END $$;
+		CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON reservations DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION at_commit()`))
+	known := func(a books.Ask) (n int64) {
+		n, err := books.Query[int64](t.Context(), s, `SELECT count(*) FROM reservations WHERE id = $1`, a.Request)
+		c.must(err)
+		return n
+	}
+	for _, may := range []bool{false, true} {
+		c.must(s.Exec(t.Context(), `TRUNCATE commits`))
+		a := c.ask(1, 10)
+		calls := 0
+		out, err := s.Turn(t.Context(), books.Turn{Admit: []books.Ask{a}, Lease: c.lease, Foreseen: func(d books.Decision) {
+			calls++
+			if d.Reason != books.Admitted || d.Limit != 10 {
+				t.Errorf("foreseen is %+v", d)
+			}
+			if known(a) != 0 {
+				t.Error("it was told after the commit")
+			}
+			c.must(s.Exec(t.Context(), `INSERT INTO commits VALUES ($1)`, may))
+		}})
+		if calls != 1 || (err == nil) != may || known(a) != int64(len(out.Admit)) {
+			t.Errorf("the commit may be: %t; told %d times, %d known, and the turn is %+v, %v", may, calls, known(a), out, err)
+		}
 	}
 }
 

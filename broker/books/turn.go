@@ -187,6 +187,10 @@ type Turn struct {
 	Lease Lease
 	// OpenTokens is what an open end gets; 0 stands for DefaultOpenTokens.
 	OpenTokens int64
+	// Foreseen, unless it is nil, may be told what the turn has decided for the one request
+	// that it admits, while the database is still making that last. Until Turn returns
+	// without an error, it may come to nothing. It must not block.
+	Foreseen func(Decision)
 }
 
 // Outcomes is what came of a Turn, each list in the order of the Turn's.
@@ -210,6 +214,9 @@ func (s *Store) Turn(ctx context.Context, turn Turn) (Outcomes, error) {
 	var grown []Altered
 	err := s.once(ctx, "take a turn", func(ctx context.Context) error {
 		out, grown = Outcomes{}, nil
+		if turn.Foreseen != nil && isOfOne(lock, settle, alter, admit) && len(admit.ids) == 1 && len(grow) == 0 {
+			return s.foreseeTurnOfOne(ctx, turn, lock.keys[0], settle, admit, &out)
+		}
 		batch := &pgx.Batch{}
 		if isOfOne(lock, settle, alter, admit) {
 			s.queueTurnOfOne(batch, turn, lock.keys[0], settle, admit, &out)

@@ -13,7 +13,8 @@ import (
 // A job may be published while the books are still being asked, so that the way through the
 // queue to a worker's slot costs no time of its own. Its claim is held: it is answered once
 // the request is admitted, and the worker, which the job tells to wait for that, calls no
-// backend before. So nothing runs that isn't admitted. If the request is refused, the job is
+// backend before. So nothing runs that the books haven't let in; see Reply.foreseen for those that
+// are still writing that down. If the request is refused, the job is
 // taken back as that of a client who has left; if this process dies, the worker hears that
 // nobody listens, as with any claim.
 //
@@ -34,31 +35,41 @@ func (r *Reply) outlook(choice presence.Choice) (quota.Outlook, bool) {
 
 // ahead admits the request and publishes its first attempt at the same time. refused says why
 // it wasn't admitted, and err what became of the attempt.
+//
+// The books take longer than the queue, so they are asked from here, and publishing is left to
+// another goroutine: a new one gets to run only after this one has begun to wait.
 func (r *Reply) ahead(choice presence.Choice, ends uint64, outlook quota.Outlook) (refused, err error) {
-	admitted := make(chan error, 1)
-	go func() {
-		err := r.admit(choice.Agent)
-		outlook.Over()
-		admitted <- err
-	}()
-	err = r.publish(choice, ends, &outlook)
-	timer := time.NewTimer(r.d.holdFor)
-	defer timer.Stop()
-	select {
-	case refused = <-admitted:
-	case <-timer.C:
-		if a := r.cur; err == nil && r.takeBack(a) {
-			r.remove(a)
-			err = errChooseAgain
-		}
-		refused = <-admitted
-	}
+	admitted, published := make(chan struct{}), make(chan error, 1)
+	go func() { published <- r.publishAhead(choice, ends, &outlook, admitted) }()
+	refused = r.admit(choice.Agent)
+	outlook.Over()
+	close(admitted)
+	err = <-published
 	if errors.Is(err, bus.ErrQueueFull) {
 		// By others that wait for admission, perhaps: that is no reason to refuse one that
 		// was admitted.
 		err = errChooseAgain
 	}
 	return refused, err
+}
+
+// publishAhead publishes an attempt, and takes it back if its request isn't admitted in time.
+// Unless publishing fails, it returns once one or the other has happened.
+func (r *Reply) publishAhead(choice presence.Choice, ends uint64, outlook *quota.Outlook, admitted <-chan struct{}) error {
+	if err := r.publish(choice, ends, outlook); err != nil {
+		return err
+	}
+	timer := time.NewTimer(r.d.holdFor)
+	defer timer.Stop()
+	select {
+	case <-admitted:
+	case <-timer.C:
+		if a := r.cur; r.takeBack(a) {
+			r.remove(a)
+			return errChooseAgain
+		}
+	}
+	return nil
 }
 
 // takeBack retires an attempt, unless its request has been admitted meanwhile.

@@ -149,6 +149,80 @@ func TestAhead(t *testing.T) {
 	h.settled(agentA)
 }
 
+// The agent begins when the books have decided, but nobody gets anything of the reply before
+// that is on disk; and if it never is, nobody gets anything at all, nor pays.
+func TestForeseen(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct{ lost, ends bool }{
+		"on disk": {ends: true}, "lost": {lost: true}, "lost behind the end": {lost: true, ends: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHouse(t, 10, nil)
+			h.d.HoldFor(patience)
+			a := h.agent(agentA)
+			h.books.Set(func() { h.books.Price = 1000 })
+			h.known(a)
+			flush := make(chan struct{})
+			flushed := sync.OnceFunc(func() { close(flush) })
+			t.Cleanup(flushed)
+			h.books.Set(func() { h.books.Flush = flush })
+			req := priced()
+			s := h.starting(req)
+			d := a.pull()
+			if v := d.verdict(d.claiming(schemas.Frame{Kind: schemas.FrameClaim})); v != (schemas.Verdict{Go: true, Next: 1, Limit: 1024, More: true}) {
+				t.Fatalf("the verdict is %+v", v)
+			}
+			d.chunk("1\n")
+			end := d.claiming(schemas.Frame{Kind: schemas.FrameProgress, Seq: 1})
+			if v := d.verdict(end); v.Next != 2 {
+				t.Fatalf("the verdict is %+v", v)
+			}
+			if test.ends {
+				end = d.claiming(schemas.Frame{Kind: schemas.FrameDone, Seq: 2, Tokens: 2, Payload: []byte("2\n")})
+			}
+			a.barrier()
+			select {
+			case got := <-s:
+				t.Fatalf("Start has returned %+v", got)
+			default:
+			}
+			h.books.Set(func() { h.books.Away, h.books.Flush = test.lost, nil })
+			flushed()
+			got := h.wait(s)
+			h.books.Set(func() { h.books.Away = false })
+			if test.ends {
+				if v := d.verdict(end); !v.Go || v.Next != 3 {
+					t.Errorf("the last frame got %+v", v)
+				}
+				d.finish()
+			}
+			if !test.lost {
+				wantText(t, got.reply, "1\n2\n")
+				if s := h.books.Charged(t, req.ID); s.Outcome != books.OutcomeDone || s.Completion != 2 {
+					t.Errorf("it was settled as %+v", s)
+				}
+				got.reply.Close()
+				h.settled(agentA)
+				return
+			}
+			if !errors.Is(got.err, schemas.Errorf(schemas.CodeInternalError, "")) || got.reply != nil {
+				t.Fatalf("Start returned %+v", got)
+			}
+			if !test.ends {
+				d.told()
+			}
+			h.books.Charged(t, req.ID)
+			h.settled(agentA)
+			h.books.Set(func() {
+				if h.books.Purse != books.MaxTokens {
+					t.Errorf("%d tokens are gone", books.MaxTokens-h.books.Purse)
+				}
+			})
+		})
+	}
+}
+
 // A request that is refused is taken back, and hears why. The next one goes one step after
 // the other.
 func TestAheadRefused(t *testing.T) {

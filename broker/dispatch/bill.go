@@ -13,9 +13,9 @@ import (
 // What a request holds in the books, and what it is charged in the end.
 //
 // A reservation is made once the agent is chosen and before the job is run, so nothing
-// runs that isn't paid for; see ahead.go for jobs that are published before. Billed is what was taken in: the tokens of the
-// frames that passed Reply.take. The last frame of a worker is answered only once the
-// books have its settlement; if this process dies before that, the worker reports what
+// is delivered that isn't paid for; see ahead.go for jobs that are published before. Billed is
+// what was taken in: the tokens of the frames that passed Reply.take. The last frame of a
+// worker is answered only once the books have its settlement; if this process dies before that, the worker reports what
 // it counted, and if the worker dies first, this process settles what it took in.
 
 const (
@@ -33,7 +33,7 @@ const (
 
 // bill is the state of a Reply's reservation.
 type bill struct {
-	// Written once, under Reply.mu, and before Start returns.
+	// Written once, under Reply.mu, and before Start returns; see Reply.foreseen.
 	grant    quota.Grant
 	admitted bool
 	agent    schemas.AgentID // whom the books know; belongs to the reader once it is admitted
@@ -96,23 +96,19 @@ func (r *Reply) admit(agent schemas.AgentID) error {
 		Prompt: r.req.Prompt, Limit: r.req.Limit, Agent: agent, Timeout: d.cfg.Total - time.Since(r.req.Received),
 	}
 	if !r.req.Stream {
-		ask.Most = r.req.Most // what comes in one piece can't be given more on the way
+		ask.Most = r.req.Most // see short
 	}
-	grant, err := d.gate.Admit(r.ctx, ask)
+	grant, err := d.gate.AdmitForeseen(r.ctx, ask, func(grant quota.Grant) { r.foreseen(agent, grant) })
 	d.metrics.Admitted(r.ctx, time.Since(asked))
-	r.mu.Lock()
-	b.grant = grant
-	if err == nil {
-		b.admitted, b.agent = true, agent
-		b.changes, b.stop = context.WithCancel(context.WithoutCancel(r.ctx))
-		b.more = grant.Open && r.req.Stream && grant.Price > 0
-	}
-	r.mu.Unlock()
 	if err != nil {
+		r.mu.Lock()
+		b.grant.Rate = grant.Rate
+		r.mu.Unlock()
 		return err
 	}
+	r.admitted(agent, grant)
 	limit := grant.Limit
-	if grant.Open && !grant.Grown && !r.req.Stream && grant.Price > 0 && limit < r.req.Most {
+	if r.short(&grant) {
 		// The gate didn't know that it takes money, or others hold what is wanted.
 		ctx, cancel := context.WithTimeout(b.changes, topUpWait)
 		defer cancel()
@@ -120,12 +116,47 @@ func (r *Reply) admit(agent schemas.AgentID) error {
 			return err
 		}
 	}
+	r.let(limit)
+	return nil
+}
+
+// foreseen takes in a grant that the books are still writing to disk, so that the agent can
+// begin meanwhile. Nothing of the reply gets to anybody before Start has returned, and that
+// waits for the books. If nothing comes of the grant after all, Start fails and the attempt
+// is taken back; the settlement is then of a request that the books don't have.
+func (r *Reply) foreseen(agent schemas.AgentID, grant quota.Grant) {
+	if !r.short(&grant) && r.admitted(agent, grant) {
+		r.let(grant.Limit)
+	}
+}
+
+// short reports whether the reply needs more than was granted before it can begin: what comes
+// in one piece can't be given more on the way.
+func (r *Reply) short(grant *quota.Grant) bool {
+	return grant.Open && !grant.Grown && !r.req.Stream && grant.Price > 0 && grant.Limit < r.req.Most
+}
+
+// admitted takes in what the request holds, unless it has been before, or the reply was closed.
+func (r *Reply) admitted(agent schemas.AgentID, grant quota.Grant) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	b := &r.bill
+	if b.admitted || r.closed {
+		return false
+	}
+	b.grant, b.admitted, b.agent = grant, true, agent
+	b.changes, b.stop = context.WithCancel(context.WithoutCancel(r.ctx))
+	b.more = grant.Open && r.req.Stream && grant.Price > 0
+	return true
+}
+
+// let lets the request run, with so many tokens.
+func (r *Reply) let(limit int64) {
 	r.mu.Lock()
 	r.limited(limit)
 	inbox, v := r.letGo(time.Now())
 	r.mu.Unlock()
-	d.answer(inbox, v)
-	return nil
+	r.d.answer(inbox, v)
 }
 
 // limited notes how many tokens the reply may have. r.mu is held. A model that is free

@@ -116,16 +116,25 @@ func (g *Gate) shard(key schemas.KeyID) *shard {
 // ctx if that has ended; then nothing is held. What was let in must be settled. An id is
 // asked for once: a request that is tried again as a whole is another one.
 func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
+	return g.AdmitForeseen(ctx, ask, nil)
+}
+
+// AdmitForeseen is Admit, and tells, if it can and foreseen isn't nil, what the books have
+// decided to grant while they are still being written to disk. Until AdmitForeseen returns
+// it, that may come to nothing, and whatever was begun on the strength of it has to be undone.
+// foreseen is called from another goroutine, and must not block; if ctx ends, it may be called
+// after AdmitForeseen has returned.
+func (g *Gate) AdmitForeseen(ctx context.Context, ask Ask, foreseen func(Grant)) (Grant, error) {
 	if !g.prospects.priced(ask.Key, ask.Model) {
 		ask.Most = 0 // what is free has no bound, and the question isn't
 	}
 	bounded, cancel := context.WithTimeout(ctx, g.cfg.Wait)
 	defer cancel()
-	a, err := g.ask(bounded, ask)
+	a, err := g.ask(bounded, ask, foreseen)
 	if err == nil && mayPass(a.decision.Reason) && !a.uncertain {
 		select {
 		case <-time.After(g.cfg.SecondLook):
-			a, err = g.ask(bounded, ask)
+			a, err = g.ask(bounded, ask, foreseen)
 		case <-bounded.Done():
 		}
 	}
@@ -137,23 +146,32 @@ func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
 		return Grant{}, err
 	}
 	d := &a.decision
-	grant := Grant{Rate: rate(books.Standing{
-		Slots: d.Slots, SlotsFree: d.SlotsFree, Budget: d.Budget, BudgetFree: d.BudgetFree, Price: d.Price,
-	})}
 	if err := refusal(d); err != nil {
 		g.prospects.refused(ask.Key, ask.Model)
-		return grant, err
+		return Grant{Rate: standing(d)}, err
 	}
-	grant.Request, grant.Key, grant.Limit, grant.Price = ask.Request, ask.Key, d.Limit, d.Price
-	grant.lease, grant.term, grant.Scarce = g.lease, a.term, scarce(d)
-	if ask.Limit <= 0 {
+	g.prospects.admitted(ask.Key, ask.Model, d)
+	return g.grant(a, d), nil
+}
+
+// grant is what an admission holds by a decision that lets it in.
+func (g *Gate) grant(a *admission, d *books.Decision) Grant {
+	grant := Grant{
+		Request: a.ask.Request, Key: a.ask.Key, Limit: d.Limit, Price: d.Price, Rate: standing(d), Scarce: scarce(d),
+		lease: g.lease, term: a.term,
+	}
+	if a.ask.Limit <= 0 {
 		grant.Open, grant.Grown = true, d.Grown
 		if d.Price == 0 {
 			grant.Limit = books.MaxTokens // what is free needs no reserve
 		}
 	}
-	g.prospects.admitted(ask.Key, ask.Model, d)
-	return grant, nil
+	return grant
+}
+
+// standing is where a key stands by a decision.
+func standing(d *books.Decision) Rate {
+	return rate(books.Standing{Slots: d.Slots, SlotsFree: d.SlotsFree, Budget: d.Budget, BudgetFree: d.BudgetFree, Price: d.Price})
 }
 
 // scarce reports whether little was left when a request was admitted: less than half of
@@ -165,11 +183,11 @@ func scarce(d *books.Decision) bool {
 const scarceBelow = 16
 
 // ask asks the books once.
-func (g *Gate) ask(ctx context.Context, ask Ask) (*admission, error) {
+func (g *Gate) ask(ctx context.Context, ask Ask, foreseen func(Grant)) (*admission, error) {
 	if !g.Ready() {
 		return nil, errAway()
 	}
-	a := &admission{ask: ask, done: make(chan struct{})}
+	a := &admission{ask: ask, foreseen: foreseen, done: make(chan struct{})}
 	s := g.shard(ask.Key)
 	if !s.add(func() { s.asks = append(s.asks, a) }) {
 		return nil, errAway()

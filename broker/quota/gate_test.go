@@ -242,6 +242,51 @@ func TestLostAnswer(t *testing.T) {
 	})
 }
 
+// What is foreseen is what is granted, and is told once: a second try may decide otherwise.
+func TestAdmitForeseen(t *testing.T) {
+	in(t, func(t *testing.T) {
+		f := &fake{}
+		g, _ := start(t, f, quota.Config{Shards: 1})
+		for name, test := range map[string]struct{ decided, again books.Reason }{
+			"let in": {}, "refused": {decided: books.ReasonBudget}, "lost, and refused": {again: books.ReasonNoSlot},
+		} {
+			tries := 0
+			f.set(func() {
+				f.take = func(turn books.Turn) (books.Outcomes, error) {
+					out := yes(turn)
+					if len(turn.Admit) == 0 {
+						return out, nil
+					}
+					if tries++; tries > 1 && test.again != "" {
+						out.Admit[0] = books.Decision{Reason: test.again}
+					} else {
+						out.Admit[0].Reason = test.decided
+					}
+					if turn.Foreseen != nil {
+						turn.Foreseen(out.Admit[0])
+					}
+					if tries == 1 && test.again != "" {
+						return books.Outcomes{}, errUnavailable
+					}
+					return out, nil
+				}
+			})
+			var foreseen []quota.Grant
+			grant, err := g.AdmitForeseen(t.Context(), ask("k"), func(g quota.Grant) { foreseen = append(foreseen, g) })
+			want := 1
+			if test.decided != "" {
+				want = 0
+			}
+			if len(foreseen) != want || (err == nil) != (test.decided == "" && test.again == "") {
+				t.Errorf("%s: foreseen %+v, and then %v", name, foreseen, err)
+			}
+			if err == nil && foreseen[0] != grant {
+				t.Errorf("%s: foreseen %+v, granted %+v", name, foreseen[0], grant)
+			}
+		}
+	})
+}
+
 // A settlement that nobody waits for lies a moment and shares its turn; one by which the
 // next request of its key may be let in doesn't, and takes the others along.
 func TestScarceSettlesAtOnce(t *testing.T) {

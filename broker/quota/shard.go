@@ -25,8 +25,9 @@ const (
 
 // admission is a request that waits for a decision.
 type admission struct {
-	ask  Ask
-	done chan struct{} // closed when the rest is final
+	ask      Ask
+	foreseen func(Grant)   // or nil, see Gate.AdmitForeseen
+	done     chan struct{} // closed when the rest is final
 
 	term     *term // under which it was asked
 	decision books.Decision
@@ -326,6 +327,14 @@ func (s *shard) ask(ctx context.Context, w work) (books.Outcomes, error) {
 	for _, a := range w.asks {
 		turn.Admit = append(turn.Admit, a.ask)
 		turn.Lease = a.term.lease // of all the same
+	}
+	if len(w.asks) == 1 && w.asks[0].foreseen != nil && !w.asks[0].uncertain {
+		a := w.asks[0]
+		turn.Foreseen = func(d books.Decision) {
+			if d.Reason == books.Admitted {
+				a.foreseen(s.gate.grant(a, &d))
+			}
+		}
 	}
 	// It isn't broken off: the answer would get lost.
 	return s.gate.books.Turn(context.WithoutCancel(ctx), turn)

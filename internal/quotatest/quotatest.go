@@ -4,6 +4,7 @@ package quotatest
 
 import (
 	"context"
+	"maps"
 	"sync"
 	"testing"
 	"time"
@@ -27,6 +28,9 @@ type Books struct {
 	Refuse books.Reason
 	// Hang holds up whoever wants to be let in, until it is closed.
 	Hang chan struct{}
+	// Flush, unless it is nil, holds up what was decided for whoever wants to be let in, until
+	// it is closed; if the books are Away by then, nothing comes of it.
+	Flush chan struct{}
 	// Epoch is that of the lease.
 	Epoch int64
 	// Ended are the requests that somebody else has ended.
@@ -67,6 +71,7 @@ func (l *Books) Turn(_ context.Context, turn books.Turn) (out books.Outcomes, er
 	if l.Away || l.Deaf && len(turn.Settle) > 0 {
 		return out, books.ErrUnavailable
 	}
+	purse, holds, settled := l.Purse, maps.Clone(l.holds), maps.Clone(l.settled)
 	for _, s := range turn.Settle {
 		was := books.StateOpen
 		if _, ok := l.settled[s.Request]; ok || l.Ended[s.Request] {
@@ -116,6 +121,16 @@ func (l *Books) Turn(_ context.Context, turn books.Turn) (out books.Outcomes, er
 		}
 		d.BudgetFree = l.Purse
 		out.Admit = append(out.Admit, d)
+	}
+	if flush := l.Flush; flush != nil && len(turn.Admit) == 1 && turn.Foreseen != nil {
+		l.mu.Unlock()
+		turn.Foreseen(out.Admit[0])
+		<-flush
+		l.mu.Lock()
+		if l.Away {
+			l.Purse, l.holds, l.settled = purse, holds, settled
+			return books.Outcomes{}, books.ErrUnavailable
+		}
 	}
 	return out, nil
 }

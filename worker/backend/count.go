@@ -72,7 +72,7 @@ func (b *Backend) CheckContext(ctx context.Context, model string, body []byte, e
 	if window == 0 && b.kind == Ollama {
 		window = leastWindow
 	}
-	fits := window == 0 || hasMedia(body) || mostTokens(body) < window
+	fits := window == 0 || mostTokensOf(len(body)) < window || hasMedia(body) || mostTokens(body) < window
 	switch {
 	case !fits && b.kind == Ollama:
 		return 0, b.checkOllama(ctx, id, model, body)
@@ -120,6 +120,10 @@ func mostTokens(body []byte) int {
 	}
 	return n
 }
+
+// mostTokensOf bounds mostTokens for any body of so many bytes, unread. A message has at least
+// two of them.
+func mostTokensOf(size int) int { return 2*templateBytes + (toolFactor+messageBytes/2)*size }
 
 // hasMedia reports whether a message has a part that isn't text: an image, audio or
 // a file, whose tokens can't be told from its bytes.

@@ -211,6 +211,14 @@ func TestMostTokensIsABound(t *testing.T) {
 	if mostTokens(with) <= mostTokens(without)+templateBytes {
 		t.Error("tools cost nothing")
 	}
+	for _, body := range []string{
+		`{"messages":[]}`, `{"messages":[` + strings.Repeat("{},", 500) + `{}]}`, `{"messages":[` + strings.Repeat("1,", 500) + `1]}`,
+		`{"messages":[],"tools":[` + strings.Repeat("1,", 500) + `1],"functions":[` + strings.Repeat("1,", 500) + `1]}`, string(with),
+	} {
+		if most := mostTokens([]byte(body)); most > mostTokensOf(len(body)) {
+			t.Errorf("%.60s, of %d bytes: %d tokens, and %d at the most", body, len(body), most, mostTokensOf(len(body)))
+		}
+	}
 }
 
 func TestHasMedia(t *testing.T) {
