@@ -3,6 +3,7 @@ package worker
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -33,9 +34,14 @@ type bundles struct {
 	// frames and runs are bundleFrames and bundleRuns, but for tests.
 	frames, runs int
 
-	mu   sync.Mutex
-	last uint64 // number of the last bundle
-	open map[schemas.OwnerID]*bundle
+	// out is held while a bundle is sent, which may have to wait for the bus: whoever fills
+	// the next one meanwhile doesn't. It is taken before mu.
+	out sync.Mutex
+
+	mu      sync.Mutex
+	last    uint64 // number of the last bundle
+	open    map[schemas.OwnerID]*bundle
+	leaving []*bundle // in the order in which they are to be sent
 }
 
 // bundle is what waits for an owner.
@@ -56,6 +62,8 @@ const (
 	// into one: a large one costs more to copy than a message does.
 	maxBundle = 64 << 10
 	maxEntry  = 8 << 10
+	// maxLeaving is how many bundles may wait for the bus before whoever has a frame waits, too.
+	maxLeaving = 4
 	// entryHead is more than the head of an entry has.
 	entryHead = 64
 )
@@ -119,10 +127,15 @@ func (b *bundles) add(to schemas.OwnerID, n schemas.Nonce, frame []byte, before 
 		return 0
 	}
 	b.mu.Lock()
-	defer b.mu.Unlock()
+	for len(b.leaving) >= maxLeaving {
+		b.mu.Unlock()
+		b.publish()
+		b.mu.Lock()
+	}
 	o := b.open[to]
-	if o != nil && len(o.entries)+entryHead+len(frame) > maxBundle {
-		b.publish(to, o)
+	full := o != nil && len(o.entries)+entryHead+len(frame) > maxBundle
+	if full {
+		b.close(to, o)
 		o = nil
 	}
 	if o == nil {
@@ -133,34 +146,58 @@ func (b *bundles) add(to schemas.OwnerID, n schemas.Nonce, frame []byte, before 
 		signal(b.begun)
 	}
 	o.entries = schemas.AppendEntry(o.entries, n, frame)
-	return o.number
+	number := o.number // from here on it may be sent
+	b.mu.Unlock()
+	if full {
+		b.publish()
+	}
+	return number
 }
 
-// send sends the bundle of that number for the owner, if it waits.
+// send returns once the bundle of that number for the owner is sent.
 func (b *bundles) send(to schemas.OwnerID, number uint64) {
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	if o := b.open[to]; o != nil && o.number == number {
-		b.publish(to, o)
+		b.close(to, o)
 	}
+	b.mu.Unlock()
+	b.publish() // others may just be about to send it
 }
 
 func (b *bundles) sendAll() {
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	for to, o := range b.open {
-		b.publish(to, o)
+		b.close(to, o)
 	}
+	b.mu.Unlock()
+	b.publish()
 }
 
-// publish sends a bundle that waits. b.mu is held, so that bundles leave in their order.
-func (b *bundles) publish(to schemas.OwnerID, o *bundle) {
+// close has a bundle leave. b.mu is held.
+func (b *bundles) close(to schemas.OwnerID, o *bundle) {
 	delete(b.open, to)
-	if err := b.tokens.Publish(o.subject, o.entries); err != nil && !bus.Down(err) {
-		b.log.Warn("frame not sent", "error", err)
+	b.leaving = append(b.leaving, o)
+}
+
+// publish returns once all bundles are sent that were leaving when it was called.
+func (b *bundles) publish() {
+	b.out.Lock()
+	defer b.out.Unlock()
+	for {
+		b.mu.Lock()
+		if len(b.leaving) == 0 {
+			b.mu.Unlock()
+			return
+		}
+		o := b.leaving[0]
+		b.leaving = slices.Delete(b.leaving, 0, 1)
+		b.mu.Unlock()
+		if err := b.tokens.Publish(o.subject, o.entries); err != nil && !bus.Down(err) {
+			b.log.Warn("frame not sent", "error", err)
+		}
+		o.entries = o.entries[:0]
+		spareBundles.Put(o)
 	}
-	o.entries = o.entries[:0]
-	spareBundles.Put(o)
 }
 
 // spareBundles are bundles that were sent, for their buffers.

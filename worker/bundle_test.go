@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -256,4 +257,64 @@ func TestBundlesAreSent(t *testing.T) {
 		t.Error(err)
 	}
 	l.want(t, "at the end", "to own_1: a5")
+}
+
+// While a bundle waits for the bus, the next one is filled, and nobody waits for it but who has
+// to come behind it, or has nowhere to put a frame.
+func TestBundlesAreFilledMeanwhile(t *testing.T) {
+	l := newWire(t)
+	a, b := l.open(t, "own_1", "a", true), l.open(t, "own_1", "b", true)
+	l.w.bundles.many.Store(true)
+	l.messages(t)
+	begin := func(f func()) (done chan struct{}) {
+		done = make(chan struct{})
+		go func() {
+			defer close(done)
+			f()
+		}()
+		return done
+	}
+	leaving := func() int {
+		l.w.bundles.mu.Lock()
+		defer l.w.bundles.mu.Unlock()
+		return len(l.w.bundles.leaving)
+	}
+
+	send(t, a, "x")
+	l.w.bundles.out.Lock() // as if the bus took its time
+	sending := begin(l.w.bundles.sendAll)
+	for leaving() == 0 {
+		runtime.Gosched()
+	}
+	send(t, b, "x")
+	send(t, a, "x")
+	ending := begin(func() { a.done([]byte("x"), 1, schemas.Usage{}) })
+	for leaving() < 2 {
+		runtime.Gosched()
+	}
+	send(t, b, "x")
+	l.want(t, "while the bus takes its time")
+	l.w.bundles.out.Unlock()
+	<-sending
+	<-ending
+	l.w.bundles.sendAll()
+	l.want(t, "after that", "to own_1: a2", "to own_1: b2 a3", "a done", "to own_1: b3")
+
+	l.w.bundles.out.Lock()
+	for n := range maxLeaving {
+		send(t, b, "x")
+		begin(l.w.bundles.sendAll)
+		for leaving() <= n {
+			runtime.Gosched()
+		}
+	}
+	filling := begin(func() { send(t, b, "x") })
+	select {
+	case <-filling:
+		t.Error("what waits for the bus has no bound")
+	case <-time.After(50 * time.Millisecond):
+	}
+	l.w.bundles.out.Unlock()
+	<-filling
+	l.w.bundles.sendAll()
 }

@@ -34,8 +34,10 @@ func (d *Dispatcher) bundle(m *nats.Msg) {
 		case f.Kind != schemas.FrameChunk:
 			d.log.Warn("frame of a bundle that should be answered dropped", "request", r.req.ID, "kind", f.Kind)
 		default:
-			// A payload may wait for a slow reader, and mustn't keep those of others in memory.
-			f.Payload = bytes.Clone(f.Payload)
+			if !r.req.Stream { // else it is copied when it is taken in
+				// A payload may wait for its reader, and mustn't keep those of others in memory.
+				f.Payload = bytes.Clone(f.Payload)
+			}
 			r.take(line, nonce, "", &f, now)
 		}
 	}

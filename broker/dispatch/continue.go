@@ -122,7 +122,7 @@ func (r *Reply) complete() {
 		b = strconv.AppendInt(append(b, `,"choices":[],"usage":{"prompt_tokens":`...), int64(prompt), 10)
 		b = strconv.AppendInt(append(b, `,"completion_tokens":`...), int64(r.tokens), 10)
 		b = strconv.AppendInt(append(b, `,"total_tokens":`...), int64(prompt+r.tokens), 10)
-		r.unread = append(r.unread, append(b, "}}\n"...))
+		r.unread.add(append(b, "}}\n"...))
 	}
 	r.ended, r.done, r.timing.Ended = true, true, time.Now()
 }

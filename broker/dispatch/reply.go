@@ -31,8 +31,9 @@ const (
 // Event is what Next returns.
 type Event struct {
 	Kind EventKind
-	// Payload holds lines, each one an OpenAI chunk followed by a newline; of a reply
-	// that isn't streamed, a piece of its body.
+	// Payload holds lines, each one an OpenAI chunk followed by a newline, which are good
+	// until the next call of Next; of a reply that isn't streamed, pieces of its body, which
+	// stay good.
 	Payload [][]byte
 	// Err is set on an EventError.
 	Err *schemas.Error
@@ -83,8 +84,7 @@ type Reply struct {
 
 	mu        sync.Mutex
 	cur       *attempt // nil between attempts and after the end
-	unread    [][]byte
-	unreadLen int
+	unread    unread
 	delivered bool                  // a payload was handed to the reader or waits for it
 	lost      bool                  // the agent of cur is gone, or has failed
 	stray     bool                  // cur is lost on its way to an agent that is there
@@ -118,26 +118,24 @@ func (r *Reply) OnStall(f func()) {
 func (r *Reply) Next() Event {
 	for {
 		r.mu.Lock()
+		r.unread.back()
 		if r.bill.grant.Expired() {
 			// Others may have settled it: nothing more may be delivered.
 			r.fail(quota.ErrEnded)
-			r.unread = nil
+			r.unread.drop()
 		}
 		switch {
-		case len(r.unread) > 0 && !r.ended:
-			e := Event{Kind: EventChunk, Payload: r.unread}
-			r.unread, r.unreadLen = nil, 0
+		case len(r.unread.lines) > 0 && !r.ended:
+			e := Event{Kind: EventChunk, Payload: r.unread.hand()}
 			r.mu.Unlock()
 			return e
 		case r.ended && r.err != nil:
 			// What came before the error is still the client's.
-			e := Event{Kind: EventError, Payload: r.unread, Err: r.err}
-			r.unread, r.unreadLen = nil, 0
+			e := Event{Kind: EventError, Payload: r.unread.hand(), Err: r.err}
 			r.mu.Unlock()
 			return e
 		case r.ended:
-			e := Event{Kind: EventDone, Payload: r.unread}
-			r.unread, r.unreadLen = nil, 0
+			e := Event{Kind: EventDone, Payload: r.unread.hand()}
 			r.mu.Unlock()
 			return e
 		case r.lost:
@@ -332,8 +330,11 @@ func (r *Reply) accept(a *attempt, f *schemas.Frame, now time.Time) {
 			r.delivered = true
 			r.timing.FirstChunk = now
 		}
-		r.unread = append(r.unread, f.Payload)
-		r.unreadLen += len(f.Payload)
+		if r.req.Stream {
+			r.unread.copy(f.Payload)
+		} else {
+			r.unread.add(f.Payload)
+		}
 	}
 	switch {
 	case f.Kind == schemas.FrameError && r.moves(f.Error):
@@ -342,7 +343,7 @@ func (r *Reply) accept(a *attempt, f *schemas.Frame, now time.Time) {
 		r.ended, a.over, r.err = true, true, f.Error
 	case f.Kind == schemas.FrameDone:
 		r.ended, a.over, r.done = true, true, true
-	case r.req.Stream && r.unreadLen > r.d.cfg.MaxUnread:
+	case r.req.Stream && r.unread.size > r.d.cfg.MaxUnread:
 		r.ended = true
 		r.err = schemas.Errorf(schemas.CodeAgentTimeout,
 			"The reply was ended because you read it too slowly: more than %d bytes of it were waiting.", r.d.cfg.MaxUnread)

@@ -192,9 +192,6 @@ const profileTime = 10 * time.Second
 
 // profile saves what the broker process does under load with 32 clients.
 func (s *stack) profile(ctx context.Context, dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
 	for _, w := range workloads {
 		if w.Clients == 1 || w.Tokens != 32 {
 			continue
@@ -203,21 +200,34 @@ func (s *stack) profile(ctx context.Context, dir string) error {
 		if w.Stream {
 			name = "stream"
 		}
-		seconds := fmt.Sprintf("?seconds=%d", int(profileTime.Seconds()))
-		group, ctx := errgroup.WithContext(ctx)
-		group.Go(func() error {
+		if err := s.profileWhile(ctx, dir, name, 0, func(ctx context.Context) error {
 			_, err := s.load(ctx, s.through, w, profileTime+time.Second)
 			return err
-		})
-		group.Go(func() error { return save(ctx, s.ops+"/debug/pprof/profile"+seconds, filepath.Join(dir, name+".cpu")) })
-		group.Go(func() error {
-			return save(ctx, s.ops+"/debug/pprof/allocs"+seconds, filepath.Join(dir, name+".allocs"))
-		})
-		if err := group.Wait(); err != nil {
+		}); err != nil {
 			return fmt.Errorf("profile %s: %w", w, err)
 		}
 	}
 	return nil
+}
+
+// profileWhile saves CPU and allocation profiles of the broker process in dir, under a name,
+// while something is done that takes at least profileTime once after has passed.
+func (s *stack) profileWhile(ctx context.Context, dir, name string, after time.Duration, do func(context.Context) error) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return do(ctx) })
+	for suffix, of := range map[string]string{".cpu": "profile", ".allocs": "allocs"} {
+		group.Go(func() error {
+			if err := pause(ctx, after); err != nil {
+				return err
+			}
+			url := fmt.Sprintf("%s/debug/pprof/%s?seconds=%d", s.ops, of, int(profileTime.Seconds()))
+			return save(ctx, url, filepath.Join(dir, name+suffix))
+		})
+	}
+	return group.Wait()
 }
 
 // save writes what an address answers into a file.

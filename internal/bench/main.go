@@ -46,6 +46,8 @@
 // the window. Those that are held open bring a token a second; memory is looked at once the
 // backend runs all of them and 5 s more have passed. `ownllm up` has the agent's slots and
 // queue raised above their number. It takes two open files in one process for each of them.
+// With -profile, the heap is saved while they are held, and what the broker does with the
+// paced ones in a round of its own.
 //
 // # Scale
 //

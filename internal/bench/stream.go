@@ -152,7 +152,24 @@ func measureStreams(ctx context.Context, c config, dir string, stderr io.Writer)
 		result.Paced.Rounds = append(result.Paced.Rounds, r)
 		fmt.Fprintf(stderr, "streams: round %d of %d\n", round+1, c.rounds)
 	}
+	if c.profile != "" {
+		if err := s.profilePaced(ctx, c.profile, c.size.paced); err != nil {
+			return nil, err
+		}
+	}
 	return result, nil
+}
+
+// profilePaced saves profiles of the broker with n paced streams, once all of them are open.
+func (s *stack) profilePaced(ctx context.Context, dir string, n int) error {
+	err := s.profileWhile(ctx, dir, "paced", profileTime/2, func(ctx context.Context) error {
+		_, err := s.pace(ctx, s.through, n, profileTime)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("profile %d paced streams: %w", n, err)
+	}
+	return nil
 }
 
 // pace keeps n streams open that bring tokenRate tokens a second each, for d and more. They

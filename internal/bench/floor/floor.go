@@ -54,8 +54,12 @@ const (
 	queue    = "FLOOR"
 	rows     = 1000 // so many that requests seldom fight for one
 	poolSize = 8
-	// leaveWait is how long running replies may take to finish.
-	leaveWait = time.Second
+	// endWait is how long running replies may take to finish.
+	endWait = time.Second
+	// leaveWait is for how long an answer is waited for to the word that a client has left,
+	// and leavePause how long it takes until that is said again.
+	leaveWait  = time.Second
+	leavePause = 100 * time.Millisecond
 )
 
 // What a frame is: its first byte.
@@ -158,7 +162,7 @@ func Serve(ctx context.Context, cfg Config, stdout io.Writer) error {
 	group.Go(func() error { return app.Listener(listener) })
 	group.Go(func() error {
 		<-groupCtx.Done()
-		_ = app.ShutdownWithTimeout(leaveWait) // what is left is cut off with the process
+		_ = app.ShutdownWithTimeout(endWait) // what is left is cut off with the process
 		return nil
 	})
 	if _, err := fmt.Fprintf(stdout, "listening on http://%s\n", listener.Addr()); err != nil {
@@ -305,9 +309,21 @@ func (s *stream) Read(b []byte) (int, error) {
 func (s *stream) Close() error {
 	s.p.end(s.id)
 	if !s.over {
-		return s.p.nc.Publish(leaves, []byte(s.id))
+		return s.p.leave(s.id)
 	}
 	return nil
+}
+
+// leave tells the worker that nobody reads a reply any more, again and again until it has heard:
+// on busy cores a connection may be down for a moment, and what is said then is lost.
+func (p *path) leave(id string) error {
+	for {
+		_, err := p.nc.Request(leaves, []byte(id), leaveWait)
+		if err == nil || errors.Is(err, nats.ErrConnectionClosed) {
+			return err
+		}
+		time.Sleep(leavePause)
+	}
 }
 
 // cut splits a job into the id of its request and the body.

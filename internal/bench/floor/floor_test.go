@@ -3,14 +3,20 @@ package floor
 import (
 	"bufio"
 	"context"
+	"errors"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"go.uber.org/goleak"
+
+	"github.com/ownllm/ownllm/broker/bus"
+	"github.com/ownllm/ownllm/broker/natsd"
 )
 
 func TestMain(m *testing.M) {
@@ -95,5 +101,47 @@ func TestPaths(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// A client's leaving is told again until the worker has heard, whose connection may be down.
+func TestLeaveIsHeard(t *testing.T) {
+	server, err := natsd.Start(t.Context(), natsd.Config{Listen: "127.0.0.1:0", StoreDir: t.TempDir(), Token: token, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Stop()
+	connect := func() *nats.Conn {
+		nc, err := bus.Connect(bus.Config{URL: server.URL(), Password: token}.As(bus.UserCore, "test"), slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return nc
+	}
+	ours, theirs := connect(), connect()
+	defer theirs.Close()
+	p := &path{nc: ours}
+	left := make(chan error, 1)
+	go func() { left <- p.leave("7") }()
+	if _, err := ours.RequestWithContext(t.Context(), leaves, []byte("nobody is there")); !errors.Is(err, nats.ErrNoResponders) {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-left:
+		t.Fatalf("somebody has heard: %v", err)
+	default:
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	w := &worker{nc: theirs, running: map[string]context.CancelFunc{"7": cancel}}
+	if _, err := theirs.Subscribe(leaves, w.left); err != nil {
+		t.Fatal(err)
+	}
+	<-ctx.Done()
+	if err := <-left; err != nil {
+		t.Error(err)
+	}
+	ours.Close()
+	if err := p.leave("8"); !errors.Is(err, nats.ErrConnectionClosed) {
+		t.Errorf("on a closed connection: %v", err)
 	}
 }

@@ -35,7 +35,7 @@ func (w *worker) run(ctx context.Context, queued bool) error {
 	defer transport.CloseIdleConnections()
 	w.client.Transport = transport
 	w.running = make(map[string]context.CancelFunc)
-	if _, err := w.nc.Subscribe(leaves, func(m *nats.Msg) { w.cancel(string(m.Data)) }); err != nil {
+	if _, err := w.nc.Subscribe(leaves, w.left); err != nil {
 		return fmt.Errorf("listen to those who leave: %w", err)
 	}
 	take := w.listen
@@ -99,6 +99,12 @@ func (w *worker) serve(ctx context.Context, job []byte) {
 		last[0] = frameFail
 	}
 	_ = w.nc.Publish(subject, last) // there is nobody to tell
+}
+
+// left ends the job of a client who has left, and says that it has heard.
+func (w *worker) left(m *nats.Msg) {
+	w.cancel(string(m.Data))
+	_ = m.Respond(nil) // else it is said again
 }
 
 // cancel ends a job, if it runs.
