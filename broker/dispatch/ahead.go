@@ -37,7 +37,7 @@ func (r *Reply) outlook(choice presence.Choice) (quota.Outlook, bool) {
 // it wasn't admitted, and err what became of the attempt.
 //
 // The books take longer than the queue, so they are asked from here, and publishing is left to
-// another goroutine: a new one gets to run only after this one has begun to wait.
+// another goroutine, since it is mostly this one that goes on first.
 func (r *Reply) ahead(choice presence.Choice, ends uint64, outlook quota.Outlook) (refused, err error) {
 	admitted, published := make(chan struct{}), make(chan error, 1)
 	go func() { published <- r.publishAhead(choice, ends, &outlook, admitted) }()

@@ -15,8 +15,9 @@ import (
 // A reservation is made once the agent is chosen and before the job is run, so nothing
 // is delivered that isn't paid for; see ahead.go for jobs that are published before. Billed is
 // what was taken in: the tokens of the frames that passed Reply.take. The last frame of a
-// worker is answered only once the books have its settlement; if this process dies before that, the worker reports what
-// it counted, and if the worker dies first, this process settles what it took in.
+// worker is answered only once the books have its settlement; if this process dies before
+// that, the worker reports what it counted, and if the worker dies first, this process
+// settles what it took in.
 
 const (
 	// topUpWait is how long a reply that needs more tokens waits for money that others
