@@ -42,7 +42,7 @@ func (r *Reply) outlook(choice presence.Choice) (quota.Outlook, bool) {
 func (r *Reply) ahead(choice presence.Choice, ends uint64, outlook quota.Outlook) (refused, err error) {
 	admitted, published := make(chan struct{}), make(chan error, 1)
 	go func() { published <- r.publishAhead(choice, ends, &outlook, admitted) }()
-	refused = r.admit(choice.Agent)
+	refused = r.admit(choice.Agent, func(grant quota.Grant) { r.foreseen(choice.Agent, grant) })
 	outlook.Over()
 	close(admitted)
 	err = <-published
