@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -385,6 +386,44 @@ func TestCountLate(t *testing.T) {
 		}
 		return short
 	})
+}
+
+// What a backend tells of the prompt in its first chunks isn't asked of it once more.
+func TestCountLateIsTold(t *testing.T) {
+	t.Parallel()
+	d := demo.New(demo.Options{})
+	var counts atomic.Int32
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/tokenize" {
+			counts.Add(1)
+		}
+		d.ServeHTTP(w, r)
+	}))
+	t.Cleanup(s.Close)
+	h := newHouse(t, worker.Config{Backends: []backend.Config{{URL: s.URL}}, Drain: patience})
+	o := h.owner()
+	// ask also returns how often the prompt was counted meanwhile.
+	ask := func(silent bool) (*heard, int32) {
+		before := counts.Load()
+		job := o.job(time.Now().Add(time.Minute))
+		job.CountLate, job.Limit = true, 1000 // with a bound, the usage comes with each chunk
+		o.ask(job, wish(t, nil, with(numbered(10, time.Second), "no_usage", silent)))
+		r := o.hear()
+		r.until("the size of the prompt", func() bool { return r.prompt > 0 })
+		r.end().want(10, "stop")
+		return r, counts.Load() - before
+	}
+	// On busy cores the first chunk may come too late.
+	until(t, "a reply that tells in time", func() bool {
+		r, n := ask(false)
+		if told := r.last.Usage.PromptTokens; r.prompt != told || told == 0 {
+			t.Errorf("the owner hears of %d tokens, and the reply of %d", r.prompt, told)
+		}
+		return n == 0
+	})
+	if r, n := ask(true); n == 0 {
+		t.Errorf("of a backend that tells nothing, the owner hears of %d tokens, and nobody has counted", r.prompt)
+	}
 }
 
 // A count that fails is no error.

@@ -32,6 +32,7 @@ type run struct {
 	started chan struct{}
 	working atomic.Bool  // has a slot
 	prompt  atomic.Int64 // its exact size in tokens, 0 if it wasn't counted
+	told    atomic.Int64 // what the backend says of it in its reply, 0 until it does
 	// allowance is how many tokens the reply may have.
 	allowance *allowance
 	// count is the late count of the prompt, silence the look for a model that has left memory.
@@ -133,9 +134,14 @@ func (r *run) begins() bool { return r.job.Stream && r.job.BodySize == 0 }
 // a request of its own, and a short reply soon tells by itself.
 const countAfter = 100 * time.Millisecond
 
-// countLate counts the prompt while the run is under way, until r.count is stopped.
+// countLate tells the owner how many tokens the prompt has while the run is under way, until
+// r.count is stopped. It is counted unless the reply has told by then.
 func (r *run) countLate(ctx context.Context, b *backend.Backend, body []byte) {
 	r.count.after(ctx, countAfter, func(ctx context.Context) {
+		if n := int(r.told.Load()); n > 0 {
+			r.counted(n)
+			return
+		}
 		// A count that fails is no error: the reply may tell.
 		if n, err := b.CountPrompt(ctx, r.job.Model, body); err == nil && n > 0 {
 			r.prompt.Store(int64(n))
@@ -284,6 +290,9 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, first 
 			return schemas.Errorf(schemas.CodeBackendError, "The inference backend sent a chunk of %d bytes, more than the %d that can be passed on.", len(lines), maxPiece)
 		}
 		if len(lines) > 0 {
+			if r.job.CountLate && r.told.Load() == 0 {
+				r.told.Store(int64(reply.Usage().PromptTokens))
+			}
 			if sendErr := r.chunk(ctx, lines, reply.Tokens()); sendErr != nil {
 				return sendErr
 			}
