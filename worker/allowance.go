@@ -2,6 +2,7 @@ package worker
 
 import (
 	"context"
+	"math"
 	"sync"
 
 	"github.com/ownllm/ownllm/schemas"
@@ -47,17 +48,21 @@ func (a *allowance) get() (limit int64, more bool) {
 	return a.limit, a.more
 }
 
-// bound lets the allowance hold for a call.
+// bound lets the allowance hold for a call. While the owner hasn't said it yet, any may come.
 func (a *allowance) bound(c *backend.Call) {
-	limit, more := a.get()
-	if limit == 0 {
+	a.mu.Lock()
+	limit, more, held := a.limit, a.more, a.held
+	a.mu.Unlock()
+	if limit == 0 && !held {
 		return
 	}
 	c.Allowed = func() int64 {
-		limit, _ := a.get()
-		return limit
+		if limit, _ := a.get(); limit > 0 {
+			return limit
+		}
+		return math.MaxInt64
 	}
-	if !more {
+	if !more && !held {
 		c.MaxTokens = limit
 	}
 }

@@ -65,7 +65,7 @@ type bill struct {
 func (r *Reply) assign(agent schemas.AgentID) error {
 	b := &r.bill
 	if !b.admitted {
-		return r.admit(agent)
+		return r.admit(agent, nil) // nothing of it waits yet
 	}
 	if b.agent == agent {
 		return nil
@@ -89,7 +89,8 @@ func (r *Reply) assign(agent schemas.AgentID) error {
 	return nil
 }
 
-func (r *Reply) admit(agent schemas.AgentID) error {
+// admit asks the books to let the request in. See quota.Gate.AdmitForeseen.
+func (r *Reply) admit(agent schemas.AgentID, foreseen func(quota.Grant)) error {
 	b, d := &r.bill, r.d
 	asked := time.Now()
 	ask := quota.Ask{
@@ -99,7 +100,7 @@ func (r *Reply) admit(agent schemas.AgentID) error {
 	if !r.req.Stream {
 		ask.Most = r.req.Most // see short
 	}
-	grant, err := d.gate.AdmitForeseen(r.ctx, ask, func(grant quota.Grant) { r.foreseen(agent, grant) })
+	grant, err := d.gate.AdmitForeseen(r.ctx, ask, foreseen)
 	d.metrics.Admitted(r.ctx, time.Since(asked))
 	if err != nil {
 		r.mu.Lock()
