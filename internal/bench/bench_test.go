@@ -74,6 +74,19 @@ func TestQuick(t *testing.T) {
 			}
 		}
 	}
+	if len(r.Knee) != len(small.knee) {
+		t.Errorf("knee: %+v", r.Knee)
+	}
+	for i, p := range r.Knee {
+		if p.Streams != small.knee[i] || len(p.Rounds) != 1 {
+			t.Fatalf("knee: %+v", p)
+		}
+		for _, side := range kneeSides {
+			if g := side.of(&p.Rounds[0]); g.P50 <= 0 || g.P99 < g.P50 {
+				t.Errorf("knee, %d streams, %s: %+v", p.Streams, side.name, g)
+			}
+		}
+	}
 	if len(r.Scale) != len(small.estates) {
 		t.Errorf("scale: %+v", r.Scale)
 	}
@@ -94,7 +107,7 @@ func TestQuick(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{r.Commit, "stream, 256 tokens, 32 clients", "whole,   32 tokens,  1 client", "p99", "ownllm up", "1000 keys,  32 waiters", "   1 key,    1 waiter ",
-		"50 streams of 20 tokens/s", "each of 100 open streams", "1000 waiting", "cores busy when idle", "+ Postgres"} {
+		"50 streams of 20 tokens/s", "each of 100 open streams", "\n40        + Postgres", "1000 waiting", "cores busy when idle", "+ Postgres"} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("the text lacks %q:\n%s", want, &text)
 		}
@@ -106,6 +119,21 @@ func TestUsage(t *testing.T) {
 		var stdout, stderr bytes.Buffer
 		if code := run(t.Context(), args, &stdout, &stderr); code != 2 || stderr.Len() == 0 {
 			t.Errorf("%q: exit code %d, says %q", args, code, &stderr)
+		}
+	}
+}
+
+func TestWants(t *testing.T) {
+	for _, part := range parts {
+		for _, c := range []struct {
+			config
+			want bool
+		}{
+			{config{}, part != knee}, {config{quick: true}, true}, {config{only: part}, true}, {config{only: "word"}, false},
+		} {
+			if got := c.wants(part); got != c.want {
+				t.Errorf("%+v wants %s: %v", c.config, part, got)
+			}
 		}
 	}
 }
@@ -154,5 +182,10 @@ func TestStatistics(t *testing.T) {
 	m.Rounds = m.Rounds[:3]
 	if got, want := m.over(value), (spread{1, 3, 4}); got != want {
 		t.Errorf("over = %v, want %v", got, want)
+	}
+	for want, s := range map[string]spread{"3.0 (1.0..4.0)": {1, 3, 4}, "3.0": {3, 3, 3}} {
+		if got := s.text(1); got != want {
+			t.Errorf("text of %v = %q, want %q", s, got, want)
+		}
 	}
 }

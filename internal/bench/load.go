@@ -125,11 +125,12 @@ func measure(ctx context.Context, c config, stderr io.Writer) (*Report, error) {
 		{"requests", func() error { report.Workloads, err = measureRequests(ctx, c, dir, stderr); return err }},
 		{"floor", func() error { report.Floor, err = measureFloor(ctx, c, dir, stderr); return err }},
 		{"streams", func() error { report.Streams, err = measureStreams(ctx, c, dir, stderr); return err }},
+		{knee, func() error { report.Knee, err = measureKnee(ctx, c, dir, stderr); return err }},
 		{"admissions", func() error { report.Admissions, err = measureAdmissions(ctx, c, dir, stderr); return err }},
 		{"scale", func() error { report.Scale, err = measureScale(ctx, c, dir, stderr); return err }},
 		{"submissions", func() error { report.Submissions, err = measureSubmissions(ctx, c, dir, stderr); return err }},
 	} {
-		if c.only != "" && c.only != p.name {
+		if !c.wants(p.name) {
 			continue
 		}
 		if err := p.measure(); err != nil {

@@ -4,10 +4,12 @@
 // among them; it does the same with thousands of streams at a reader's pace, and looks at the
 // memory that open ones take; then with admissions and bare UPDATEs. Last it sees what a
 // request costs among many tenants, keys and agents, and a durable one behind many that wait.
+// How paced streams fare as the machine fills is measured only when it is asked for.
 //
 //	go run ./internal/bench                    five rounds of two seconds for each figure
 //	go run ./internal/bench -quick             one short round, to see that it works
 //	go run ./internal/bench -only admissions   one of the parts
+//	go run ./internal/bench -only knee         the part that a whole run leaves out
 //	go run ./internal/bench -profile DIR       CPU and allocation profiles of the broker too
 //
 // # Requests
@@ -48,6 +50,13 @@
 // queue raised above their number. It takes two open files in one process for each of them.
 // With -profile, the heap is saved while they are held, and what the broker does with the
 // paced ones in a round of its own.
+//
+// # The knee
+//
+// Near a full machine the p99 between two tokens says more of how full it is than of what
+// stands in the way. So `-only knee` measures 500, 1,000, 1,500 and 2,000 paced streams, in
+// turns as ever, with the cores that they keep busy. A round takes 6 minutes: so there is
+// one unless -rounds says otherwise, and none in a whole run that isn't a quick one.
 //
 // # Scale
 //
@@ -98,6 +107,7 @@ type config struct {
 	proxy    string // where to, if this is to be a proxy and nothing else
 	fleet    bool   // this is to be a fleet of agents and nothing else
 	minimal  bool   // this is to be a minimal path and nothing else
+	quick    bool
 	binary   string
 	profile  string
 	json     bool
@@ -108,6 +118,7 @@ type size struct {
 	open     int           // streams that are held open
 	paced    int           // streams at a reader's pace
 	pacedFor time.Duration // how long each side has them
+	knee     []int         // how many of these there are, as the machine fills
 	waiting  string        // backlogs of durable requests, those of BenchmarkSubmission
 	estates  []estate
 	// rest is how long what is open, or new, or idle, is left alone: until memory is looked
@@ -118,16 +129,29 @@ type size struct {
 var (
 	full = size{
 		open: 5_000, paced: 2_000, pacedFor: 10 * time.Second, waiting: "1|1000|100000", rest: 5 * time.Second,
+		knee:    []int{500, 1_000, 1_500, 2_000},
 		estates: []estate{{10, 10, 10}, {10, 10, 1_000}, {10_000, 10_000, 10}, {10_000, 10_000, 1_000}},
 	}
 	small = size{
 		open: 100, paced: 50, pacedFor: 800 * time.Millisecond, waiting: "1|1000", rest: 500 * time.Millisecond,
+		knee:    []int{10, 40},
 		estates: []estate{{2, 2, 2}, {20, 20, 10}},
 	}
 )
 
 // parts are what can be measured alone.
-var parts = []string{"requests", "floor", "streams", "scale", "admissions", "submissions"}
+var parts = []string{"requests", "floor", "streams", knee, "scale", "admissions", "submissions"}
+
+// knee is the part that a whole run leaves out, for the time it takes.
+const knee = "knee"
+
+// wants tells whether a part is to be measured.
+func (c *config) wants(part string) bool {
+	if c.only != "" {
+		return part == c.only
+	}
+	return part != knee || c.quick
+}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -151,13 +175,12 @@ func (s *shared) Write(b []byte) (int, error) {
 // run is the whole program; it returns the exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var c config
-	var quick bool
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.IntVar(&c.rounds, "rounds", 5, "how often each figure is measured")
+	flags.IntVar(&c.rounds, "rounds", 5, "how often each figure is measured; without it the "+knee+" is measured once")
 	flags.DurationVar(&c.duration, "duration", 2*time.Second, "how long one measurement takes")
-	flags.BoolVar(&quick, "quick", false, "one round of 300 ms, to see that it works")
-	flags.StringVar(&c.only, "only", "", "measure `part` alone: "+strings.Join(parts, ", "))
+	flags.BoolVar(&c.quick, "quick", false, "one round of 300 ms, to see that it works")
+	flags.StringVar(&c.only, "only", "", "measure `part` alone: "+strings.Join(parts, ", ")+"; a whole run leaves the "+knee+" out, but for a quick one")
 	flags.StringVar(&c.proxy, "proxy", "", "measure nothing: be the bare proxy in front of this `URL`")
 	flags.BoolVar(&c.fleet, "fleet", false, "measure nothing: be the agents that standard input describes")
 	flags.BoolVar(&c.minimal, "minimal", false, "measure nothing: be the minimal path that standard input describes")
@@ -168,7 +191,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 2
 	}
 	c.size = full
-	if quick {
+	if c.only == knee && !isSet(flags, "rounds") {
+		c.rounds = 1
+	}
+	if c.quick {
 		c.rounds, c.duration, c.size = 1, 300*time.Millisecond, small
 	}
 	if c.only != "" && !slices.Contains(parts, c.only) {
@@ -213,4 +239,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 1
 	}
 	return 0
+}
+
+// isSet tells whether a flag was given.
+func isSet(flags *flag.FlagSet, name string) (given bool) {
+	flags.Visit(func(f *flag.Flag) { given = given || f.Name == name })
+	return given
 }

@@ -42,6 +42,8 @@ type Report struct {
 	Floor []Floored `json:"floor,omitempty"`
 	// Streams is what many streams at once come to.
 	Streams *Streams `json:"streams,omitempty"`
+	// Knee is what paced streams come to, the more of them there are.
+	Knee []Paced `json:"knee,omitempty"`
 	// Scale is what a request costs among few and among many.
 	Scale []Scaled `json:"scale,omitempty"`
 	// Admissions is what the books can take.
@@ -114,8 +116,11 @@ func spreadOf(values []float64) spread {
 	return spread{values[0], mid, values[len(values)-1]}
 }
 
-// text shows the values with so many digits after the point.
+// text shows the values with so many digits after the point, and the bounds if they differ.
 func (s spread) text(digits int) string {
+	if s.low == s.high {
+		return fmt.Sprintf("%.*f", digits, s.mid)
+	}
 	return fmt.Sprintf("%.*f (%.*f..%.*f)", digits, s.mid, digits, s.low, digits, s.high)
 }
 
@@ -132,6 +137,9 @@ func (r *Report) writeText(w io.Writer) error {
 	}
 	if r.Streams != nil {
 		r.Streams.writeText(out)
+	}
+	if len(r.Knee) > 0 {
+		writeKnee(out, r.Knee)
 	}
 	if len(r.Scale) > 0 {
 		writeScale(out, r.Scale)

@@ -38,7 +38,7 @@ type PacedRound struct {
 	Direct   Gap `json:"direct"`
 	Proxy    Gap `json:"proxy"`
 	Core     Gap `json:"core"`
-	Queue    Gap `json:"queue"`
+	Queue    Gap `json:"queue,omitzero"` // of the knee, nothing
 	Postgres Gap `json:"postgres"`
 	Broker   Gap `json:"broker"`
 }
@@ -95,26 +95,37 @@ func checkFiles(streams int) error {
 	return nil
 }
 
-// measureStreams measures on a stack of its own, since a process that once held many
-// streams keeps some of their memory.
-func measureStreams(ctx context.Context, c config, dir string, stderr io.Writer) (*Streams, error) {
-	if err := checkFiles(max(c.size.open, c.size.paced)); err != nil {
+// startStreams starts a stack that takes so many streams at once, minimal paths and all, in a
+// folder of dir.
+func startStreams(ctx context.Context, c config, dir string, streams int, stderr io.Writer) (*stack, error) {
+	if err := checkFiles(streams); err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp(dir, "streams-")
+	if err != nil {
 		return nil, err
 	}
 	// More slots than streams, so that none of them waits for another one's end.
-	room := strconv.Itoa(2 * max(c.size.open, c.size.paced))
-	dir = filepath.Join(dir, "streams")
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		return nil, err
-	}
+	room := strconv.Itoa(2 * streams)
 	s, err := startStack(ctx, c.binary, dir, stderr, "--slots", room, "--queue-bound", room)
 	if err != nil {
 		return nil, err
 	}
-	defer s.close()
 	if err := s.startFloor(ctx, dir, stderr); err != nil {
+		s.close()
 		return nil, err
 	}
+	return s, nil
+}
+
+// measureStreams measures on a stack of its own, since a process that once held many
+// streams keeps some of their memory.
+func measureStreams(ctx context.Context, c config, dir string, stderr io.Writer) (*Streams, error) {
+	s, err := startStreams(ctx, c, dir, max(c.size.open, c.size.paced), stderr)
+	if err != nil {
+		return nil, err
+	}
+	defer s.close()
 	result := &Streams{Open: Open{Streams: c.size.open}, Paced: Paced{Streams: c.size.paced, TokensPerSecond: tokenRate}}
 	open := &result.Open
 	for _, side := range []struct {

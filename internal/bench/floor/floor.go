@@ -1,7 +1,12 @@
 // Package floor is the least that a path of the broker's shape can cost: HTTP in, over NATS
-// to a worker, to the backend, and its reply back in one message for each chunk. It is made
-// of the same parts, in one process as `ownllm up` is, and has nothing on: no keys, limits,
-// claims, heartbeats or telemetry, no second try, and nothing survives a death.
+// to a worker, to the backend, and its reply back. It is made of the same parts, in one
+// process as `ownllm up` is, and has nothing on: no keys, limits, claims, heartbeats or
+// telemetry, no second try, and nothing survives a death.
+//
+// What is already there of a stream goes on together, and nothing waits for more of it: the
+// worker sends what one read of the backend's reply returns in one message, and the edge
+// writes at once what has come of them. So a long stream that comes faster than it is passed
+// on costs fewer messages, here as in the broker.
 //
 // A path may be dearer by a durable queue, and by that and a round trip to Postgres. So what
 // a broker costs more than the last of them is its own, and what that one costs more than a
@@ -64,7 +69,7 @@ const (
 
 // What a frame is: its first byte.
 const (
-	frameChunk = 's' // of a stream
+	frameChunk = 's' // some of a stream, cut anywhere
 	frameWhole = 'w' // a whole reply
 	frameEnd   = 'e' // of a stream
 	frameFail  = 'f'
@@ -81,17 +86,22 @@ type path struct {
 	open map[string]*inbox // by id, what comes of the requests that wait
 }
 
-// inbox has the frames of a reply that nobody has read yet.
+// inbox has what has come of a reply, and nobody has read yet.
 type inbox struct {
-	wake chan struct{} // holds one token: there are some
+	wake chan struct{} // holds one token: there is some
 
-	mu     sync.Mutex
-	frames [][]byte
+	mu   sync.Mutex
+	text net.Buffers // of a stream
+	last []byte      // the frame that ends the reply, once it has come
 }
 
 func (b *inbox) put(frame []byte) {
 	b.mu.Lock()
-	b.frames = append(b.frames, frame)
+	if frame[0] == frameChunk {
+		b.text = append(b.text, frame[1:])
+	} else {
+		b.last = frame
+	}
 	b.mu.Unlock()
 	select {
 	case b.wake <- struct{}{}:
@@ -99,18 +109,15 @@ func (b *inbox) put(frame []byte) {
 	}
 }
 
-// next waits for a frame.
-func (b *inbox) next() []byte {
+// wait waits until there is some of a stream, or the frame that ends the reply has come.
+func (b *inbox) wait() (streams bool, last []byte) {
 	for {
 		b.mu.Lock()
-		if len(b.frames) > 0 {
-			frame := b.frames[0]
-			b.frames = b.frames[1:]
-			b.mu.Unlock()
-			return frame
-		}
-		b.frames = nil
+		streams, last = len(b.text) > 0, b.last
 		b.mu.Unlock()
+		if streams || last != nil {
+			return streams, last
+		}
 		<-b.wake
 	}
 }
@@ -213,7 +220,7 @@ func openRows(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	return db, nil
 }
 
-// chat takes a request, and waits for the first frame of its reply, which says what it is.
+// chat takes a request, and waits for the first of its reply, which says what it is.
 func (p *path) chat(c *fiber.Ctx) error {
 	ctx := c.UserContext()
 	if p.db != nil {
@@ -221,7 +228,7 @@ func (p *path) chat(c *fiber.Ctx) error {
 			return err
 		}
 	}
-	id, frames := p.begin()
+	id, in := p.begin()
 	job := append([]byte(id+"\n"), c.Body()...)
 	var err error
 	if p.js != nil {
@@ -233,14 +240,14 @@ func (p *path) chat(c *fiber.Ctx) error {
 		p.end(id)
 		return err
 	}
-	switch first := frames.next(); first[0] {
-	case frameWhole:
+	switch streams, last := in.wait(); {
+	case streams:
+		c.Response().Header.SetContentType("text/event-stream")
+		c.Context().SetBodyStream(&stream{p: p, id: id, in: in}, -1)
+	case last[0] == frameWhole:
 		p.end(id)
 		c.Response().Header.SetContentType(fiber.MIMEApplicationJSON)
-		c.Response().SetBodyRaw(first[1:])
-	case frameChunk:
-		c.Response().Header.SetContentType("text/event-stream")
-		c.Context().SetBodyStream(&stream{p: p, id: id, frames: frames, rest: first[1:]}, -1)
+		c.Response().SetBodyRaw(last[1:])
 	default:
 		p.end(id)
 		return fiber.ErrBadGateway
@@ -250,13 +257,13 @@ func (p *path) chat(c *fiber.Ctx) error {
 
 // begin makes room for the reply of a request.
 func (p *path) begin() (string, *inbox) {
-	frames := &inbox{wake: make(chan struct{}, 1)}
+	in := &inbox{wake: make(chan struct{}, 1)}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.last++
 	id := strconv.FormatUint(p.last, 10)
-	p.open[id] = frames
-	return id, frames
+	p.open[id] = in
+	return id, in
 }
 
 func (p *path) end(id string) {
@@ -268,50 +275,47 @@ func (p *path) end(id string) {
 // heard gives a frame to the request that waits for it.
 func (p *path) heard(m *nats.Msg) {
 	p.mu.Lock()
-	frames := p.open[m.Subject[len(replies):]]
+	in := p.open[m.Subject[len(replies):]]
 	p.mu.Unlock()
-	if frames != nil { // else nobody waits any more
-		frames.put(m.Data)
+	if in != nil { // else nobody waits any more
+		in.put(m.Data)
 	}
 }
 
 // stream is the body of a reply that is streamed. The server sends what each Read returns at
 // once.
 type stream struct {
-	p      *path
-	id     string
-	frames *inbox
-	rest   []byte
-	over   bool // the last frame has come
+	p  *path
+	id string
+	in *inbox
 }
 
-// Read implements io.Reader.
+// Read implements io.Reader. It returns what has come and fits, and waits if nothing has.
 func (s *stream) Read(b []byte) (int, error) {
-	for len(s.rest) == 0 {
-		frame := s.frames.next()
-		switch frame[0] {
-		case frameChunk:
-			s.rest = frame[1:]
-		case frameEnd:
-			s.over = true
-			return 0, io.EOF
-		default:
-			s.over = true
-			return 0, io.ErrUnexpectedEOF
-		}
+	streams, last := s.in.wait()
+	switch {
+	case streams:
+		s.in.mu.Lock()
+		defer s.in.mu.Unlock()
+		n, _ := s.in.text.Read(b) // more may come behind its end
+		return n, nil
+	case last[0] == frameEnd:
+		return 0, io.EOF
+	default:
+		return 0, io.ErrUnexpectedEOF
 	}
-	n := copy(b, s.rest)
-	s.rest = s.rest[n:]
-	return n, nil
 }
 
 // Close implements io.Closer. The server calls it at the end, and when the client has left.
 func (s *stream) Close() error {
 	s.p.end(s.id)
-	if !s.over {
-		return s.p.leave(s.id)
+	s.in.mu.Lock()
+	over := s.in.last != nil
+	s.in.mu.Unlock()
+	if over {
+		return nil
 	}
-	return nil
+	return s.p.leave(s.id)
 }
 
 // leave tells the worker that nobody reads a reply any more, again and again until it has heard:

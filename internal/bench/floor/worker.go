@@ -1,7 +1,6 @@
 package floor
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -15,8 +14,12 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// backendConns is more than there are clients, see net/http.Transport.
-const backendConns = 256
+const (
+	// backendConns is more than there are clients, see net/http.Transport.
+	backendConns = 256
+	// readSize is as much of a stream as net/http has of it, and the broker's worker reads.
+	readSize = 4 << 10
+)
 
 // worker is the side of the backend.
 type worker struct {
@@ -121,7 +124,7 @@ func (w *worker) cancel(id string) {
 // errWhole says that the reply was not a stream, and needs no end.
 var errWhole = errors.New("whole")
 
-// call asks the backend, and sends its reply on: a frame for each event of a stream.
+// call asks the backend, and sends its reply on: a frame for what each read of a stream returns.
 func (w *worker) call(ctx context.Context, subject string, body []byte) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, w.url, bytes.NewReader(body))
 	if err != nil {
@@ -146,20 +149,19 @@ func (w *worker) call(ctx context.Context, subject string, body []byte) error {
 		}
 		return errWhole
 	}
-	lines, frame := bufio.NewReader(resp.Body), []byte{frameChunk}
+	frame := make([]byte, 1+readSize)
+	frame[0] = frameChunk
 	for {
-		line, err := lines.ReadSlice('\n')
-		frame = append(frame, line...)
-		if len(frame) > 1 && (err != nil || len(line) == 1) { // a blank line ends an event
-			if err := w.nc.Publish(subject, frame); err != nil {
+		n, err := resp.Body.Read(frame[1:])
+		if n > 0 {
+			if err := w.nc.Publish(subject, frame[:1+n]); err != nil {
 				return err
 			}
-			frame = frame[:1]
 		}
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
-		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
+		if err != nil {
 			return err
 		}
 	}
