@@ -183,9 +183,4 @@ func TestStatistics(t *testing.T) {
 	if got, want := m.over(value), (spread{1, 3, 4}); got != want {
 		t.Errorf("over = %v, want %v", got, want)
 	}
-	for want, s := range map[string]spread{"3.0 (1.0..4.0)": {1, 3, 4}, "3.0": {3, 3, 3}} {
-		if got := s.text(1); got != want {
-			t.Errorf("text of %v = %q, want %q", s, got, want)
-		}
-	}
 }

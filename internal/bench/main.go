@@ -55,7 +55,7 @@
 //
 // Near a full machine the p99 between two tokens says more of how full it is than of what
 // stands in the way. So `-only knee` measures 500, 1,000, 1,500 and 2,000 paced streams, in
-// turns as ever, with the cores that they keep busy. A round takes 6 minutes: so there is
+// turns as ever, with the cores that they keep busy. A round takes 7 minutes: so there is
 // one unless -rounds says otherwise, and none in a whole run that isn't a quick one.
 //
 // # Scale

@@ -116,11 +116,8 @@ func spreadOf(values []float64) spread {
 	return spread{values[0], mid, values[len(values)-1]}
 }
 
-// text shows the values with so many digits after the point, and the bounds if they differ.
+// text shows the values with so many digits after the point.
 func (s spread) text(digits int) string {
-	if s.low == s.high {
-		return fmt.Sprintf("%.*f", digits, s.mid)
-	}
 	return fmt.Sprintf("%.*f (%.*f..%.*f)", digits, s.mid, digits, s.low, digits, s.high)
 }
 
