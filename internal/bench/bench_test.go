@@ -107,7 +107,7 @@ func TestQuick(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{r.Commit, "stream, 256 tokens, 32 clients", "whole,   32 tokens,  1 client", "p99", "ownllm up", "1000 keys,  32 waiters", "   1 key,    1 waiter ",
-		"50 streams of 20 tokens/s", "each of 100 open streams", "\n40        + Postgres", "1000 waiting", "cores busy when idle", "+ Postgres"} {
+		"100 streams of 20 tokens/s", "each of 100 open streams", "\n40        + Postgres", "1000 waiting", "cores busy when idle", "+ Postgres"} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("the text lacks %q:\n%s", want, &text)
 		}

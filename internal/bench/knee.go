@@ -56,15 +56,16 @@ func writeKnee(out *bufio.Writer, list []Paced) {
 	fmt.Fprintf(out, "\nThe knee: time between two tokens in ms, the more streams of %d tokens/s are open at once, in turns;\n"+
 		"CPU is in µs for each token, of what stands between client and backend, Postgres too; rounds: %d\n\n", tokenRate, len(list[0].Rounds))
 	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(table, "streams\t\tcores busy\tp50\tp99\tp99 beyond direct\tCPU")
+	fmt.Fprintln(table, "streams\t\tcores busy\tp50\tp99\tp99 beyond direct\tp50 to the first\tCPU")
 	for i := range list {
 		p := &list[i]
 		for _, side := range kneeSides {
-			fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Streams, side.name,
+			fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Streams, side.name,
 				p.over(func(r *PacedRound) float64 { return side.of(r).Cores }).text(2),
 				p.over(func(r *PacedRound) float64 { return side.of(r).P50 }).text(2),
 				p.over(func(r *PacedRound) float64 { return side.of(r).P99 }).text(2),
 				p.over(func(r *PacedRound) float64 { return side.of(r).P99 - r.Direct.P99 }).text(2),
+				p.over(func(r *PacedRound) float64 { return side.of(r).First }).text(2),
 				p.over(func(r *PacedRound) float64 { return side.of(r).CPU }).text(1))
 		}
 	}

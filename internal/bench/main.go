@@ -45,7 +45,8 @@
 //
 // Streams arrive evenly and last equally long, so that as many are open at any time, and
 // their tokens fall evenly into time. An inter-token latency counts if its stream began in
-// the window. Those that are held open bring a token a second; memory is looked at once the
+// the window. What is spent counts while all are open, and not while the first come and the last end.
+// Those that are held open bring a token a second; memory is looked at once the
 // backend runs all of them and 5 s more have passed. `ownllm up` has the agent's slots and
 // queue raised above their number. It takes two open files in one process for each of them.
 // With -profile, the heap is saved while they are held, and what the broker does with the
@@ -133,7 +134,7 @@ var (
 		estates: []estate{{10, 10, 10}, {10, 10, 1_000}, {10_000, 10_000, 10}, {10_000, 10_000, 1_000}},
 	}
 	small = size{
-		open: 100, paced: 50, pacedFor: 800 * time.Millisecond, waiting: "1|1000", rest: 500 * time.Millisecond,
+		open: 100, paced: 100, pacedFor: 1500 * time.Millisecond, waiting: "1|1000", rest: 500 * time.Millisecond,
 		knee:    []int{10, 40},
 		estates: []estate{{2, 2, 2}, {20, 20, 10}},
 	}

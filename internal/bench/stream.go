@@ -44,10 +44,12 @@ type PacedRound struct {
 }
 
 // Gap is the time between two tokens of a stream, in milliseconds, and what the round cost
-// while it was measured.
+// while all streams were open.
 type Gap struct {
 	P50 float64 `json:"p50_ms"`
 	P99 float64 `json:"p99_ms"`
+	// First is the p50 of the time to the first token, in milliseconds.
+	First float64 `json:"first_token_p50_ms"`
 	// Cores is how many cores all processes together kept busy.
 	Cores float64 `json:"cores_busy"`
 	// CPU is what a token costs between client and backend, in microseconds, Postgres included.
@@ -191,25 +193,38 @@ func (s *stack) pace(ctx context.Context, t target, n int, d time.Duration) (Gap
 	config := streamConfig(t, tokenRate, int(tokenRate*each.Seconds()))
 	config.Levels, config.Open, config.Even = []load.Level{{From: rate, To: rate}}, true, true
 	config.WarmUp, config.Duration = each, d
-	before, start := s.spent(t), time.Now()
-	report, err := load.Run(ctx, config, nil)
+	// What is spent counts while all are open.
+	var after spent
+	var full bool
+	var ended time.Time
+	begun, before := time.Now(), s.spent(t)
+	report, err := load.Run(ctx, config, func(p load.Progress) {
+		switch {
+		case p.WarmUp || p.Elapsed > p.Whole:
+		case !full:
+			full, begun, before = true, time.Now(), s.spent(t)
+		case p.Elapsed > p.Whole*4/5:
+			ended, after = time.Now(), s.spent(t)
+		}
+	})
 	if err == nil && report.Interrupted {
 		err = context.Cause(ctx)
 	}
 	if err != nil {
 		return Gap{}, err
 	}
-	used, took := s.spent(t).minus(before), time.Since(start)
 	stage := report.Stages[0]
 	sent := stage.Requests
-	if stage.InterToken == nil || sent.OK != sent.Sent && t.addr != s.bare.addr {
+	if stage.InterToken == nil || stage.FirstToken == nil || sent.OK != sent.Sent && t.addr != s.bare.addr {
 		return Gap{}, fmt.Errorf("%d streams at %s: %+v, failures %+v, not whole %v", n, t.addr, sent, stage.Failures, stage.Breaches)
 	}
-	// As many streams came while it warmed up, for their time.
-	tokens := float64(sent.Sent) * (each + d).Seconds() / d.Seconds() * tokenRate * each.Seconds()
+	if ended.IsZero() { // nobody got to look in time
+		ended, after = time.Now(), s.spent(t)
+	}
+	used, took := after.minus(before), ended.Sub(begun)
 	return Gap{
-		CPU: float64((used.broker + used.postgres).Microseconds()) / tokens,
-		P50: stage.InterToken.P50, P99: stage.InterToken.P99, Torn: sent.Sent - sent.OK,
+		CPU: float64((used.broker + used.postgres).Microseconds()) / (float64(n) * tokenRate * took.Seconds()),
+		P50: stage.InterToken.P50, P99: stage.InterToken.P99, First: stage.FirstToken.P50, Torn: sent.Sent - sent.OK,
 		Cores: (used.backend + used.broker + used.postgres + used.client).Seconds() / took.Seconds(),
 	}, nil
 }
@@ -342,7 +357,7 @@ func (p *Paced) over(value func(*PacedRound) float64) spread {
 func (s *Streams) writeText(out *bufio.Writer) {
 	fmt.Fprintf(out, "\nTime between two tokens in ms, %d streams of %.0f tokens/s open at once\n\n", s.Paced.Streams, s.Paced.TokensPerSecond)
 	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(table, "\tp50\tp99\tp99 beyond direct\tCPU in µs for each token\tcores busy\tKB for each of the open ones")
+	fmt.Fprintln(table, "\tp50\tp99\tp99 beyond direct\tp50 to the first\tCPU in µs for each token\tcores busy\tKB for each of the open ones")
 	for _, side := range []struct {
 		name string
 		of   func(*PacedRound) *Gap
@@ -355,10 +370,11 @@ func (s *Streams) writeText(out *bufio.Writer) {
 		{"+ Postgres", func(r *PacedRound) *Gap { return &r.Postgres }, s.Open.Postgres},
 		{"broker", func(r *PacedRound) *Gap { return &r.Broker }, s.Open.Broker},
 	} {
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%.1f\n", side.name,
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%.1f\n", side.name,
 			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).P50 }).text(2),
 			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).P99 }).text(2),
 			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).P99 - r.Direct.P99 }).text(2),
+			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).First }).text(2),
 			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).CPU }).text(1),
 			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).Cores }).text(2), float64(side.open)/1024)
 	}
