@@ -67,10 +67,9 @@ type Job struct {
 	// CountLate asks for it once the reply has been under way for a moment: for an owner
 	// who has plenty to pay with, and wants to know only what a reply costs that breaks off.
 	CountLate bool `json:"count_late,omitempty"`
-	// Hold says that the request isn't admitted yet, though it most likely will be: the worker
-	// sends nothing of its reply before its claim is granted, and the limit is that of the
-	// verdict. It may begin a stream of a model that is in memory, and stops if the claim is
-	// refused. It is set only for a worker whose heartbeat says that it holds.
+	// Hold says that the request isn't admitted yet: the worker calls no backend before its
+	// claim is granted, and the limit is that of the verdict. It is set only for a worker
+	// whose heartbeat says that it holds.
 	Hold bool `json:"hold,omitempty"`
 	// Bundle says that the owner takes frames in bundles, too, those of this attempt and others.
 	Bundle bool `json:"bundle,omitempty"`

@@ -2,7 +2,6 @@ package worker
 
 import (
 	"context"
-	"math"
 	"sync"
 
 	"github.com/ownllm/ownllm/schemas"
@@ -48,21 +47,17 @@ func (a *allowance) get() (limit int64, more bool) {
 	return a.limit, a.more
 }
 
-// bound lets the allowance hold for a call. While the owner hasn't said it yet, any may come.
+// bound lets the allowance hold for a call.
 func (a *allowance) bound(c *backend.Call) {
-	a.mu.Lock()
-	limit, more, held := a.limit, a.more, a.held
-	a.mu.Unlock()
-	if limit == 0 && !held {
+	limit, more := a.get()
+	if limit == 0 {
 		return
 	}
 	c.Allowed = func() int64 {
-		if limit, _ := a.get(); limit > 0 {
-			return limit
-		}
-		return math.MaxInt64
+		limit, _ := a.get()
+		return limit
 	}
-	if !more && !held {
+	if !more {
 		c.MaxTokens = limit
 	}
 }

@@ -99,10 +99,8 @@ func (r *run) serve(ctx context.Context) error {
 	defer r.working.Store(false)
 	leave()
 	r.claim(false)
-	if !r.begins() {
-		if err := r.awaitGo(ctx); err != nil {
-			return err
-		}
+	if err := r.awaitGo(ctx); err != nil {
+		return err
 	}
 	body, err := r.fetchBody(ctx)
 	if err != nil {
@@ -124,11 +122,6 @@ func (r *run) serve(ctx context.Context) error {
 	}
 	return r.chat(ctx, p.backend, body)
 }
-
-// begins reports whether the backend is called while the request may not be admitted yet. Nothing of
-// a stream is read before it is, so what it may have can be said as late as that; of a whole
-// reply it has to be said with the call. A large body is only there for who runs.
-func (r *run) begins() bool { return r.job.Stream && r.job.BodySize == 0 }
 
 // countAfter is how long a run has to last for its prompt to be counted late: a count is
 // a request of its own, and a short reply soon tells by itself.
@@ -246,9 +239,6 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, first 
 		r.spent(reply.Usage().PromptTokens)
 		reply.Close()
 	}()
-	if err := r.awaitGo(ctx); err != nil {
-		return err
-	}
 	if !r.job.Stream {
 		whole, err := reply.Body()
 		if err != nil {

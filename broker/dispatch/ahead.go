@@ -11,13 +11,12 @@ import (
 )
 
 // A job may be published while the books are still being asked, so that the way through the
-// queue to a worker's slot, and a model's to its first token, cost no time of their own. Its claim is
-// held: it is answered once the request is admitted, or is about to be, see Reply.foreseen. The
-// job tells the worker to send nothing before. A stream is begun meanwhile; a
-// whole reply isn't, since its limit goes with the call, and no model is loaded. If the
-// request is refused, the job is taken back as that of a client who has left, and nobody pays for
-// what its GPU has done by then; if this process dies, the worker hears that nobody listens, as with any
-// claim.
+// queue to a worker's slot costs no time of its own. Its claim is held: it is answered once
+// the request is admitted, and the worker, which the job tells to wait for that, calls no
+// backend before. So nothing runs that the books haven't let in; see Reply.foreseen for those that
+// are still writing that down. If the request is refused, the job is
+// taken back as that of a client who has left; if this process dies, the worker hears that
+// nobody listens, as with any claim.
 //
 // That is done for the first attempt of a request that will most likely be let in, at an
 // agent that is known to wait. All others go one step after the other.
