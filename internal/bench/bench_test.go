@@ -82,7 +82,7 @@ func TestQuick(t *testing.T) {
 			t.Fatalf("knee: %+v", p)
 		}
 		for _, side := range kneeSides {
-			if g := side.of(&p.Rounds[0]); g.P50 <= 0 || g.P99 < g.P50 {
+			if g := side.gap(&p.Rounds[0]); g.P50 <= 0 || g.P99 < g.P50 {
 				t.Errorf("knee, %d streams, %s: %+v", p.Streams, side.name, g)
 			}
 		}

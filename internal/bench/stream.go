@@ -71,6 +71,26 @@ type Open struct {
 	Idle int64 `json:"broker_bytes_idle"`
 }
 
+// streamSide is a way from client to backend that streams take.
+type streamSide struct {
+	name   string
+	target func(*stack) target
+	gap    func(*PacedRound) *Gap
+	open   func(*Open) *int64
+}
+
+// streamSides are all of them, the broker last.
+var streamSides = []streamSide{
+	{"direct", func(s *stack) target { return s.direct }, func(r *PacedRound) *Gap { return &r.Direct }, func(*Open) *int64 { return new(int64) }},
+	{"bare proxy", func(s *stack) target { return s.bare }, func(r *PacedRound) *Gap { return &r.Proxy }, func(o *Open) *int64 { return &o.Proxy }},
+	{"NATS", func(s *stack) target { return s.minimal[0].target }, func(r *PacedRound) *Gap { return &r.Core }, func(o *Open) *int64 { return &o.Core }},
+	{queueSide, func(s *stack) target { return s.minimal[1].target }, func(r *PacedRound) *Gap { return &r.Queue }, func(o *Open) *int64 { return &o.Queue }},
+	{"+ Postgres", func(s *stack) target { return s.minimal[2].target }, func(r *PacedRound) *Gap { return &r.Postgres }, func(o *Open) *int64 { return &o.Postgres }},
+	{"broker", func(s *stack) target { return s.through }, func(r *PacedRound) *Gap { return &r.Broker }, func(o *Open) *int64 { return &o.Broker }},
+}
+
+const queueSide = "+ queue"
+
 const (
 	// tokenRate is the pace of paced streams, in tokens a second.
 	tokenRate = 20
@@ -130,37 +150,27 @@ func measureStreams(ctx context.Context, c config, dir string, stderr io.Writer)
 	defer s.close()
 	result := &Streams{Open: Open{Streams: c.size.open}, Paced: Paced{Streams: c.size.paced, TokensPerSecond: tokenRate}}
 	open := &result.Open
-	for _, side := range []struct {
-		of target
-		to *int64
-	}{
-		{s.bare, &open.Proxy}, {s.minimal[0].target, &open.Core}, {s.minimal[1].target, &open.Queue},
-		{s.minimal[2].target, &open.Postgres}, {s.through, &open.Broker},
-	} {
-		if _, err := s.load(ctx, side.of, workload{true, 32, 32}, warmUp); err != nil {
+	for _, side := range streamSides {
+		t := side.target(s)
+		if t.addr == s.direct.addr {
+			continue // nothing stands in between
+		}
+		if _, err := s.load(ctx, t, workload{true, 32, 32}, warmUp); err != nil {
 			return nil, err
 		}
 		profile := ""
-		if side.of.addr == s.through.addr {
+		if t.addr == s.through.addr {
 			profile = c.profile
 		}
-		if *side.to, open.Idle, err = s.hold(ctx, side.of, c.size, profile); err != nil { // the broker is the last
+		if *side.open(open), open.Idle, err = s.hold(ctx, t, c.size, profile); err != nil { // the broker is the last
 			return nil, err
 		}
 	}
 	fmt.Fprintln(stderr, "streams: opened and held")
 	for round := range c.rounds {
-		var r PacedRound
-		for _, side := range []struct {
-			of target
-			to *Gap
-		}{
-			{s.direct, &r.Direct}, {s.bare, &r.Proxy}, {s.minimal[0].target, &r.Core}, {s.minimal[1].target, &r.Queue},
-			{s.minimal[2].target, &r.Postgres}, {s.through, &r.Broker},
-		} {
-			if *side.to, err = s.pace(ctx, side.of, c.size.paced, c.size.pacedFor); err != nil {
-				return nil, err
-			}
+		r, err := s.paceAll(ctx, streamSides, c.size.paced, c.size.pacedFor)
+		if err != nil {
+			return nil, err
 		}
 		result.Paced.Rounds = append(result.Paced.Rounds, r)
 		fmt.Fprintf(stderr, "streams: round %d of %d\n", round+1, c.rounds)
@@ -183,6 +193,16 @@ func (s *stack) profilePaced(ctx context.Context, dir string, n int) error {
 		return fmt.Errorf("profile %d paced streams: %w", n, err)
 	}
 	return nil
+}
+
+// paceAll paces n streams through each of the sides.
+func (s *stack) paceAll(ctx context.Context, sides []streamSide, n int, d time.Duration) (r PacedRound, err error) {
+	for _, side := range sides {
+		if *side.gap(&r), err = s.pace(ctx, side.target(s), n, d); err != nil {
+			return r, err
+		}
+	}
+	return r, nil
 }
 
 // pace keeps n streams open that bring tokenRate tokens a second each, for d and more. They
@@ -354,29 +374,26 @@ func (p *Paced) over(value func(*PacedRound) float64) spread {
 	return spreadOf(values)
 }
 
+// columns are the cells of a side, as pacedColumns names them.
+func (p *Paced) columns(gap func(*PacedRound) *Gap) string {
+	cell := func(decimals int, value func(g, direct *Gap) float64) string {
+		return p.over(func(r *PacedRound) float64 { return value(gap(r), &r.Direct) }).text(decimals)
+	}
+	return strings.Join([]string{
+		cell(2, func(g, _ *Gap) float64 { return g.P50 }), cell(2, func(g, _ *Gap) float64 { return g.P99 }),
+		cell(2, func(g, direct *Gap) float64 { return g.P99 - direct.P99 }), cell(2, func(g, _ *Gap) float64 { return g.First }),
+		cell(1, func(g, _ *Gap) float64 { return g.CPU }), cell(2, func(g, _ *Gap) float64 { return g.Cores }),
+	}, "\t")
+}
+
+const pacedColumns = "p50\tp99\tp99 beyond direct\tp50 to the first\tCPU in µs for each token\tcores busy"
+
 func (s *Streams) writeText(out *bufio.Writer) {
 	fmt.Fprintf(out, "\nTime between two tokens in ms, %d streams of %.0f tokens/s open at once\n\n", s.Paced.Streams, s.Paced.TokensPerSecond)
 	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(table, "\tp50\tp99\tp99 beyond direct\tp50 to the first\tCPU in µs for each token\tcores busy\tKB for each of the open ones")
-	for _, side := range []struct {
-		name string
-		of   func(*PacedRound) *Gap
-		open int64
-	}{
-		{"direct", func(r *PacedRound) *Gap { return &r.Direct }, 0},
-		{"bare proxy", func(r *PacedRound) *Gap { return &r.Proxy }, s.Open.Proxy},
-		{"NATS", func(r *PacedRound) *Gap { return &r.Core }, s.Open.Core},
-		{"+ queue", func(r *PacedRound) *Gap { return &r.Queue }, s.Open.Queue},
-		{"+ Postgres", func(r *PacedRound) *Gap { return &r.Postgres }, s.Open.Postgres},
-		{"broker", func(r *PacedRound) *Gap { return &r.Broker }, s.Open.Broker},
-	} {
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%.1f\n", side.name,
-			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).P50 }).text(2),
-			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).P99 }).text(2),
-			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).P99 - r.Direct.P99 }).text(2),
-			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).First }).text(2),
-			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).CPU }).text(1),
-			s.Paced.over(func(r *PacedRound) float64 { return side.of(r).Cores }).text(2), float64(side.open)/1024)
+	fmt.Fprintln(table, "\t"+pacedColumns+"\tKB for each of the open ones")
+	for _, side := range streamSides {
+		fmt.Fprintf(table, "%s\t%s\t%.1f\n", side.name, s.Paced.columns(side.gap), float64(*side.open(&s.Open))/1024)
 	}
 	_ = table.Flush() // writes to out, whose error counts
 
