@@ -103,7 +103,7 @@ func TestMigrateUpDownUp(t *testing.T) {
 }
 
 // lastVersion is that of the last migration.
-const lastVersion = int64(12)
+const lastVersion = int64(13)
 
 // A key is the same key in either form of the schema, and there and back.
 func TestMigrateSecrets(t *testing.T) {

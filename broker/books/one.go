@@ -3,6 +3,8 @@ package books
 import (
 	"context"
 	"fmt"
+	"strconv"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -13,21 +15,24 @@ import (
 // their own, and least of all if the whole turn is of one key. TestOneIsAsMany holds them
 // against those for many.
 
-// isOfOne reports whether a turn settles one request at the most, admits one at the most, and
+// isOfOne reports whether a turn settles one request at the most, admits another one at the most, and
 // touches one key.
 func isOfOne(l locks, s settleColumns, alter alterColumns, a admitColumns) bool {
+	if len(s.ids) == 1 && len(a.ids) == 1 && s.ids[0] == a.ids[0] {
+		return false
+	}
 	return len(l.keys) == 1 && len(s.ids) <= 1 && len(alter.ids) == 0 && len(a.ids) <= 1
 }
 
 const (
 	settleInTurnOfOne = `SELECT settled FROM ` + turnOfOne
 	admitInTurnOfOne  = `SELECT coalesce(settled, ''), ` + decisionColumns + ` FROM ` + turnOfOne
-	turnOfOne         = `books_turn_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)`
+	turnOfOne         = `books_turn_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)`
 )
 
 // turnOfOneArgs are the arguments of books_turn_one.
 func (s *Store) turnOfOneArgs(turn Turn, key string, settle settleColumns, admit admitColumns) []any {
-	args := make([]any, 16)
+	args := make([]any, 17)
 	args[0], args[1] = s.at(), key
 	if len(settle.ids) > 0 {
 		args[2], args[3], args[4], args[5] = settle.ids[0], settle.prompts[0], settle.completions[0], settle.outcomes[0]
@@ -38,6 +43,7 @@ func (s *Store) turnOfOneArgs(turn Turn, key string, settle settleColumns, admit
 		args[9], args[10], args[11] = x.Tenant, x.Model, x.Request
 		args[12], args[13], args[14], args[15] = admit.prompts[0], admit.limits[0], admit.agents[0], admit.timeouts[0]
 	}
+	args[16] = turn.Foreseen != nil
 	return args
 }
 
@@ -70,54 +76,46 @@ func (out *Outcomes) takeTurnOfOne(row pgx.Row, settle settleColumns, admit admi
 }
 
 // foreseeTurnOfOne takes a turn of one that admits a request, and tells turn.Foreseen of the
-// decision before it is committed: the database is asked to send what it has (Flush in its
-// protocol) between the statement and the end of the transaction (Sync), which takes as long
-// as the disk does.
+// decision before anything is written: books_turn_one sends it on ahead, as a notice.
 func (s *Store) foreseeTurnOfOne(ctx context.Context, turn Turn, key string, settle settleColumns, admit admitColumns, out *Outcomes) error {
-	return s.pool.AcquireFunc(ctx, func(c *pgxpool.Conn) (err error) {
-		conn := c.Conn()
-		defer func() {
-			if err != nil {
-				// Its prepared statement may be what is wrong, after a change of the schema.
-				_ = conn.Close(ctx)
-			}
-		}()
-		statement, err := conn.Prepare(ctx, admitInTurnOfOne, admitInTurnOfOne)
-		if err != nil {
-			return err
-		}
-		var args pgx.ExtendedQueryBuilder
-		if err := args.Build(conn.TypeMap(), statement, s.turnOfOneArgs(turn, key, settle, admit)); err != nil {
-			return err
-		}
-		p := conn.PgConn().StartPipeline(ctx)
-		defer p.Close() //nolint:errcheck // what goes wrong is told before
-		p.SendQueryPrepared(statement.Name, args.ParamValues, args.ParamFormats, args.ResultFormats)
-		p.SendFlushRequest()
-		if err := p.Sync(); err != nil {
-			return err
-		}
-		answer, err := p.GetResults()
-		if err != nil {
-			return err
-		}
-		reader, ok := answer.(*pgconn.ResultReader)
-		if !ok {
-			return fmt.Errorf("the database answers with a %T", answer)
-		}
-		rows := pgx.RowsFromResultReader(conn.TypeMap(), reader)
-		for rows.Next() {
-			if err := out.takeTurnOfOne(rows, settle, admit); err != nil {
-				return err
-			}
-		}
-		if rows.Err() != nil || len(out.Admit) == 0 {
-			return rows.Err() // the caller counts
-		}
-		turn.Foreseen(out.Admit[0])
-		_, err = p.GetResults() // of the commit
-		return err
+	return s.pool.AcquireFunc(ctx, func(c *pgxpool.Conn) error {
+		data := c.Conn().PgConn().CustomData()
+		data[foreseenKey] = turn.Foreseen
+		defer delete(data, foreseenKey)
+		return out.takeTurnOfOne(c.QueryRow(ctx, admitInTurnOfOne, s.turnOfOneArgs(turn, key, settle, admit)...), settle, admit)
 	})
+}
+
+// foreseenKey is under what a connection has the Turn.Foreseen of the turn that it takes.
+const foreseenKey = "ownllm.foreseen"
+
+// heed takes what the database says meanwhile.
+func heed(c *pgconn.PgConn, n *pgconn.Notice) {
+	foreseen, ok := c.CustomData()[foreseenKey].(func(Decision))
+	if !ok || n.SeverityUnlocalized != "INFO" {
+		return
+	}
+	if d, err := parseForeseen(n.Message); err == nil {
+		foreseen(d)
+	}
+}
+
+// parseForeseen reads what books_turn_one tells ahead.
+func parseForeseen(text string) (d Decision, err error) {
+	var day int64
+	var budget string
+	if _, err := fmt.Sscan(text, &d.Limit, &d.Amount, &d.Price, &day, &d.Slots, &d.SlotsFree, &budget, &d.BudgetFree); err != nil {
+		return d, err
+	}
+	d.Month = time.Unix(0, 0).UTC().AddDate(0, 0, int(day))
+	if budget != "-" {
+		v, err := strconv.ParseInt(budget, 10, 64)
+		if err != nil {
+			return d, err
+		}
+		d.Budget = &v
+	}
+	return d, nil
 }
 
 // queueSettleOne is queueSettle for one settlement.

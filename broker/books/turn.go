@@ -187,9 +187,9 @@ type Turn struct {
 	Lease Lease
 	// OpenTokens is what an open end gets; 0 stands for DefaultOpenTokens.
 	OpenTokens int64
-	// Foreseen, unless it is nil, may be told what the turn has decided for the one request
-	// that it admits, while the database is still making that last. Until Turn returns
-	// without an error, it may come to nothing. It must not block.
+	// Foreseen, unless it is nil, may be told that the turn admits its one request, before the
+	// database has written anything down. Until Turn returns without an error, it may come to
+	// nothing. It must not block.
 	Foreseen func(Decision)
 }
 

@@ -330,11 +330,7 @@ func (s *shard) ask(ctx context.Context, w work) (books.Outcomes, error) {
 	}
 	if len(w.asks) == 1 && w.asks[0].foreseen != nil && !w.asks[0].uncertain {
 		a := w.asks[0]
-		turn.Foreseen = func(d books.Decision) {
-			if d.Reason == books.Admitted {
-				a.foreseen(s.gate.grant(a, &d))
-			}
-		}
+		turn.Foreseen = func(d books.Decision) { a.foreseen(s.gate.grant(a, &d)) }
 	}
 	// It isn't broken off: the answer would get lost.
 	return s.gate.books.Turn(context.WithoutCancel(ctx), turn)
