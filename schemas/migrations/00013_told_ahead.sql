@@ -31,23 +31,21 @@ DECLARE
     now_ns     bigint := (extract(epoch FROM moment) * 1000000)::bigint * 1000;
     one_second CONSTANT bigint := 1000000000;
     no_cap     CONSTANT bigint := 4000000000000000000;
-    full_time bigint; flying integer; known boolean := true; -- as they were before
+    full_time bigint; flying integer; -- as they were before
     r reservations; tokens bigint; charge bigint := 0; gave bigint := 0; freed integer := 0; -- by the settlement
-    was reservations; k record; waits boolean;
-    fresh boolean := false; -- it is admitted now
     joint boolean := false; -- the budget's row gets settlement and admission at once
-    need bigint := 0; least_need bigint; unspent bigint; free bigint; next_full bigint; allowed bigint := 0;
+    of_user text; running integer; used bigint; held bigint; free bigint; -- without the settlement's request
+    allowed bigint; need bigint; least_need bigint; next_full bigint; was reservations; waits boolean;
+    fresh boolean := false; -- it is admitted now
 BEGIN
     -- The locks of books_lock in its order, and its help if rows are missing.
-    IF ask_id IS NOT NULL THEN
-        SELECT b.full_at INTO full_time FROM tenant_buckets b WHERE b.tenant_id = ask_tenant FOR NO KEY UPDATE;
-        known := FOUND;
-    END IF;
-    IF known THEN
+    IF ask_id IS NULL THEN
         SELECT a.in_flight INTO flying FROM key_accounts a WHERE a.key_id = of_key FOR NO KEY UPDATE;
-        known := FOUND;
+    ELSE
+        SELECT b.full_at, a.in_flight INTO full_time, flying FROM tenant_buckets b CROSS JOIN key_accounts a
+        WHERE b.tenant_id = ask_tenant AND a.key_id = of_key FOR NO KEY UPDATE OF b, a;
     END IF;
-    IF NOT known THEN
+    IF flying IS NULL THEN
         PERFORM books_lock(CASE WHEN ask_id IS NULL THEN '{}' ELSE ARRAY[ask_tenant] END, ARRAY[of_key]);
         SELECT b.full_at INTO full_time FROM tenant_buckets b WHERE b.tenant_id = ask_tenant;
         SELECT a.in_flight INTO flying FROM key_accounts a WHERE a.key_id = of_key;
@@ -64,83 +62,76 @@ BEGIN
                 charge := least(r.amount, books_cost(tokens + completion, r.price));
             END IF;
             gave := r.amount; freed := r.in_flight::integer;
+            joint := ask_id IS NOT NULL AND gave > 0 AND r.month = this_month;
         END IF;
     END IF;
 
-    -- The decision.
+    -- The decision. It is one statement, because each expression outside of one costs time of its own.
     IF ask_id IS NOT NULL THEN
-        SELECT * INTO was FROM reservations x WHERE x.id = ask_id;
-        SELECT o.id IS NOT NULL AS alive, t.state AS tenant_state, t.qps,
-            q.id, q.tenant_id, q.user_id, q.revoked_at, q.expires_at, q.budget_cents * 1000000 AS cap, coalesce(q.concurrency, 0) AS concurrency,
-            u.state AS user_state, greatest(0, flying - freed) AS in_flight, m.key_id IS NOT NULL AS charged,
-            coalesce(m.spent, 0) AS spent, coalesce(m.reserved, 0) AS reserved,
-            coalesce((SELECT p.price FROM model_prices p WHERE p.tenant_id = ask_tenant AND p.model = ask_model),
-                (SELECT p.price FROM model_prices p WHERE p.tenant_id = '' AND p.model = ask_model), 0) AS price
-        INTO k
-        FROM (SELECT) AS one
-        LEFT JOIN api_keys q ON q.id = of_key
-        LEFT JOIN users u ON u.id = q.user_id
-        LEFT JOIN tenants t ON t.id = ask_tenant
-        LEFT JOIN budgets m ON m.key_id = of_key AND m.month = this_month
-        LEFT JOIN owners o ON o.id = owner AND o.epoch = owner_epoch AND o.held;
-        joint := gave > 0 AND r.month = this_month;
-        IF joint AND k.charged THEN
-            k.reserved := greatest(0, k.reserved - gave);
-            k.spent := k.spent + charge;
+        SELECT CASE
+                WHEN asked_before THEN 'ended' -- or still open, see below
+                WHEN no_key OR revoked_at IS NOT NULL OR tenant_id <> ask_tenant THEN 'key_invalid'
+                WHEN expires_at <= moment THEN 'key_expired'
+                WHEN tenant_state <> 'active' THEN 'tenant_disabled'
+                WHEN user_state <> 'active' THEN 'user_deactivated'
+                WHEN no_lease THEN 'lease_lapsed'
+                WHEN k.need > 0 AND k.least_need > unspent THEN 'budget_exceeded'
+                WHEN k.next_full > now_ns + one_second THEN 'tenant_qps_limit'
+                WHEN k.running >= concurrency THEN 'no_slot'
+                WHEN k.need > 0 AND k.need > unspent - k.held THEN 'money_held'
+                ELSE ''
+            END,
+            k.user_id, k.running, k.used, k.held, unspent - k.held, k.open_end, k.need, k.least_need, k.next_full,
+            concurrency, cap, price, 0::bigint, 0::bigint, this_month, 0::bigint
+        INTO reason,
+            of_user, running, used, held, free, allowed, need, least_need, next_full,
+            slots, budget, token_price, granted, reserved_amount, charged_month, wait_ms
+        FROM (
+            SELECT f.*, coalesce(cap, no_cap) - f.used AS unspent, ((prompt + open_end) * price + 999) / 1000 AS need,
+                ((prompt + CASE WHEN lim IS NULL THEN 1 ELSE open_end END) * price + 999) / 1000 AS least_need
+            FROM (
+                SELECT w.id IS NOT NULL AS asked_before, q.id IS NULL AS no_key, o.id IS NULL AS no_lease, q.tenant_id, q.user_id,
+                    q.revoked_at, q.expires_at, t.state AS tenant_state, u.state AS user_state,
+                    q.budget_cents * 1000000 AS cap, coalesce(q.concurrency, 0) AS concurrency, greatest(0, flying - freed) AS running,
+                    coalesce(m.spent + CASE WHEN joint THEN charge ELSE 0 END, 0) AS used,
+                    greatest(0, m.reserved - CASE WHEN joint THEN gave ELSE 0 END) AS held,
+                    coalesce(lim, open_tokens) AS open_end, coalesce(own.price, common.price, 0) AS price,
+                    -- A bucket that is full only long from now was drawn from by a clock that was wrong.
+                    greatest(CASE WHEN full_time <= now_ns + 60 * one_second THEN full_time ELSE 0 END, now_ns) + one_second / coalesce(t.qps, 1) AS next_full
+                FROM (SELECT) AS one
+                LEFT JOIN reservations w ON w.id = ask_id
+                LEFT JOIN api_keys q ON q.id = of_key
+                LEFT JOIN users u ON u.id = q.user_id
+                LEFT JOIN tenants t ON t.id = ask_tenant
+                LEFT JOIN budgets m ON m.key_id = of_key AND m.month = this_month
+                LEFT JOIN owners o ON o.id = owner AND o.epoch = owner_epoch AND o.held
+                LEFT JOIN model_prices own ON own.tenant_id = ask_tenant AND own.model = ask_model
+                LEFT JOIN model_prices common ON common.tenant_id = '' AND common.model = ask_model
+            ) AS f OFFSET 0
+        ) AS k;
+        IF reason = 'money_held' AND lim IS NULL AND least_need <= free AND (running = 0 OR held = 0) THEN
+            -- The last of the budget: nobody else will give any of it back.
+            reason := ''; allowed := books_tokens(free, token_price) - prompt;
+            need := ((prompt + allowed) * token_price + 999) / 1000;
         END IF;
-
-        reason := ''; granted := 0; reserved_amount := 0; token_price := 0; charged_month := this_month; wait_ms := 0;
-        slots := k.concurrency; budget := k.cap;
-        unspent := coalesce(k.cap, no_cap) - k.spent;
-        free := unspent - k.reserved;
-        IF was.state = 'open' AND was.key_id = of_key THEN
-            -- A second time: its first answer got lost.
-            granted := was.limit_tokens; reserved_amount := was.amount; token_price := was.price; charged_month := was.month;
-        ELSIF was.id IS NOT NULL THEN
-            reason := 'ended';
-        ELSIF k.id IS NULL OR k.revoked_at IS NOT NULL OR k.tenant_id <> ask_tenant THEN
-            reason := 'key_invalid';
-        ELSIF k.expires_at <= moment THEN
-            reason := 'key_expired';
-        ELSIF k.tenant_state <> 'active' THEN
-            reason := 'tenant_disabled';
-        ELSIF k.user_state <> 'active' THEN
-            reason := 'user_deactivated';
-        ELSIF NOT k.alive THEN
-            reason := 'lease_lapsed';
-        ELSE
-            token_price := k.price;
-            allowed := coalesce(lim, open_tokens);
-            need := ((prompt + allowed) * k.price + 999) / 1000;
-            least_need := CASE WHEN lim IS NULL THEN ((prompt + 1) * k.price + 999) / 1000 ELSE need END;
-            -- A bucket that is full only long from now was drawn from by a clock that was wrong.
-            next_full := greatest(CASE WHEN full_time <= now_ns + 60 * one_second THEN full_time ELSE 0 END, now_ns) + one_second / coalesce(k.qps, 1);
-            IF need > 0 AND least_need > unspent THEN
-                reason := 'budget_exceeded';
-                wait_ms := ceil(extract(epoch FROM ((this_month + interval '1 month') AT TIME ZONE 'UTC') - moment) * 1000);
-            ELSIF next_full > now_ns + one_second THEN
-                reason := 'tenant_qps_limit'; wait_ms := (next_full - now_ns - one_second + 999999) / 1000000;
-            ELSIF k.in_flight >= k.concurrency THEN
-                reason := 'no_slot';
-            ELSIF need > 0 AND need > free THEN
-                IF lim IS NULL AND least_need <= free AND (k.in_flight = 0 OR k.reserved = 0) THEN
-                    -- The last of the budget: nobody else will give any of it back.
-                    allowed := books_tokens(free, k.price) - prompt;
-                    need := ((prompt + allowed) * k.price + 999) / 1000;
-                ELSE
-                    reason := 'money_held';
-                END IF;
-            END IF;
-            IF reason = '' THEN
-                fresh := true; granted := allowed; reserved_amount := need;
-                k.in_flight := k.in_flight + 1;
-                free := free - need; k.reserved := k.reserved + need;
+        IF reason = '' THEN
+            fresh := true; granted := allowed; reserved_amount := need;
+            running := running + 1; held := held + need; free := free - need;
+        ELSIF reason = 'budget_exceeded' THEN
+            wait_ms := ceil(extract(epoch FROM ((this_month + interval '1 month') AT TIME ZONE 'UTC') - moment) * 1000);
+        ELSIF reason = 'tenant_qps_limit' THEN
+            wait_ms := (next_full - now_ns - one_second + 999999) / 1000000;
+        ELSIF reason NOT IN ('no_slot', 'money_held') THEN
+            token_price := 0;
+            SELECT * INTO was FROM reservations x WHERE x.id = ask_id AND x.key_id = of_key AND x.state = 'open';
+            IF FOUND THEN
+                -- A second time: its first answer got lost.
+                reason := ''; granted := was.limit_tokens; reserved_amount := was.amount; token_price := was.price; charged_month := was.month;
             END IF;
         END IF;
-        slots_free := greatest(0, slots - k.in_flight);
-        budget_free := greatest(0, free);
+        slots_free := greatest(0, slots - running); budget_free := greatest(0, free);
         IF ahead AND reason = '' THEN
-            RAISE INFO '% % % % % % % %', granted, reserved_amount, token_price, charged_month - date 'epoch', slots, slots_free, coalesce(budget::text, '-'), budget_free;
+            RAISE INFO '%', concat_ws(' ', granted, reserved_amount, token_price, charged_month - date 'epoch', slots, slots_free, coalesce(budget::text, '-'), budget_free);
         END IF;
     END IF;
 
@@ -167,13 +158,13 @@ BEGIN
         UPDATE tenant_buckets x SET full_at = next_full WHERE x.tenant_id = ask_tenant;
         INSERT INTO reservations (id, key_id, tenant_id, user_id, model, month, price, prompt_tokens, limit_tokens, amount,
             owner_id, epoch, agent_id, deadline, created_at)
-        VALUES (ask_id, of_key, ask_tenant, k.user_id, ask_model, this_month, k.price, prompt, allowed, need,
+        VALUES (ask_id, of_key, ask_tenant, of_user, ask_model, this_month, token_price, prompt, allowed, need,
             owner, owner_epoch, nullif(agent, ''), moment + timeout * interval '1 millisecond', moment);
     END IF;
     IF joint OR fresh AND need > 0 THEN
-        UPDATE budgets x SET reserved = k.reserved, spent = k.spent WHERE x.key_id = of_key AND x.month = this_month;
+        UPDATE budgets x SET reserved = held, spent = used WHERE x.key_id = of_key AND x.month = this_month;
         IF NOT FOUND AND fresh AND need > 0 THEN
-            INSERT INTO budgets (key_id, month, reserved) VALUES (of_key, this_month, k.reserved);
+            INSERT INTO budgets (key_id, month, reserved) VALUES (of_key, this_month, held);
         END IF;
     END IF;
     IF fresh AND freed > 0 AND flying > 0 THEN
@@ -184,7 +175,7 @@ BEGIN
             UPDATE key_accounts x SET in_flight = flying WHERE x.key_id = of_key;
         END IF;
     ELSIF fresh OR freed > 0 THEN
-        UPDATE key_accounts x SET in_flight = greatest(0, flying - freed) + fresh::integer WHERE x.key_id = of_key;
+        UPDATE key_accounts x SET in_flight = coalesce(running, greatest(0, flying - freed)) WHERE x.key_id = of_key;
     END IF;
 END $$;
 -- +goose StatementEnd
