@@ -17,7 +17,7 @@ import (
 // of whose size Go lets the heap grow by the same percentage.
 const (
 	most  = 400
-	least = 25
+	least = 20
 	free  = 200 << 20
 )
 

@@ -57,7 +57,7 @@ func (e *events) end() {
 
 // next returns the data of the next event, valid until the following call, and
 // whether it came in the field "error". With wait false it returns errNotYet rather
-// than read from the connection. At the end of the stream it returns io.EOF.
+// than wait for the connection. At the end of the stream it returns io.EOF.
 func (e *events) next(wait bool) (data []byte, failed bool, err error) {
 	for {
 		line, err := e.readLine(wait)
@@ -120,11 +120,8 @@ func (e *events) blankNext() bool {
 // readLine returns the next line without its end. At the end of the stream it
 // returns what is left along with io.EOF.
 func (e *events) readLine(wait bool) ([]byte, error) {
-	if !wait {
-		b, _ := e.r.Peek(e.r.Buffered())
-		if bytes.IndexByte(b, '\n') < 0 {
-			return nil, errNotYet
-		}
+	if !wait && !e.lineReady() {
+		return nil, errNotYet
 	}
 	e.line = e.line[:0]
 	for {
@@ -143,6 +140,22 @@ func (e *events) readLine(wait bool) ([]byte, error) {
 		}
 		part = bytes.TrimSuffix(part, []byte{'\n'})
 		return bytes.TrimSuffix(part, []byte{'\r'}), err
+	}
+}
+
+// lineReady reports whether there is a whole line without waiting for it.
+func (e *events) lineReady() bool {
+	for {
+		b, _ := e.r.Peek(e.r.Buffered())
+		switch {
+		case bytes.IndexByte(b, '\n') >= 0:
+			return true
+		case len(b) == e.r.Size() || e.body == nil || !e.body.ready():
+			return false
+		}
+		if _, err := e.r.Peek(len(b) + 1); err != nil {
+			return false // the next read meets it, too
+		}
 	}
 }
 

@@ -152,6 +152,11 @@ type conn struct {
 	address string
 	since   time.Time // when it was put by
 	left    int       // bytes that the head of the answer may still have
+	// plenty says that the last read found at least as much as it had room for. Then the next
+	// one has more room, in stage; ahead is what is left of that.
+	plenty bool
+	stage  *[]byte
+	ahead  []byte
 }
 
 var (
@@ -167,10 +172,45 @@ func (c *conn) Read(p []byte) (int, error) {
 	if c.left <= 0 {
 		return 0, errHead
 	}
-	n, err := c.Conn.Read(p[:min(len(p), c.left)])
+	n, err := c.read(p[:min(len(p), c.left)])
 	c.left -= n
 	return n, err
 }
+
+// read reads from the connection, in large pieces as long as a server is faster than it is read
+// from: then a stream costs fewer reads, and fewer frames. One that has to be waited for has no
+// more than its small buffers.
+func (c *conn) read(p []byte) (n int, err error) {
+	if len(c.ahead) == 0 {
+		if !c.plenty {
+			n, err = c.Conn.Read(p)
+			c.plenty = n == len(p) && n > readBuffer/2
+			return n, err
+		}
+		c.stage = stages.Get().(*[]byte) // holds nothing else
+		n, err = c.Conn.Read(*c.stage)
+		c.ahead, c.plenty = (*c.stage)[:n], n == stageSize
+	}
+	n = copy(p, c.ahead)
+	if c.ahead = c.ahead[n:]; len(c.ahead) == 0 {
+		c.unstage()
+	}
+	return n, err
+}
+
+// unstage gives the stage back, and drops what is on it.
+func (c *conn) unstage() {
+	if c.stage != nil {
+		stages.Put(c.stage)
+		c.stage, c.ahead = nil, nil
+	}
+}
+
+// stages are where connections read to that have plenty.
+var stages = sync.Pool{New: func() any { return new(make([]byte, stageSize)) }}
+
+// stageSize is that of a stage, in bytes.
+const stageSize = 32 << 10
 
 // readers and writers are what answers are read and requests are written through. An open
 // stream keeps the reader of its connection, and has long sent its request.
@@ -272,13 +312,24 @@ func (b *body) await() {
 	}
 }
 
+// ready reports whether a Read finds some of the answer in memory, and doesn't wait: enough for
+// the head of a chunk is there.
+func (b *body) ready() bool {
+	return b.text != nil && !b.whole && b.r.Buffered()+len(b.conn.ahead) > maxChunkHead
+}
+
+// maxChunkHead is more than the head of a chunk has, with the line end before it, in bytes.
+const maxChunkHead = 64
+
 // Close implements io.Closer. Unless the answer was read to its end, it closes the connection.
 func (b *body) Close() error {
 	if b.text == nil {
 		return nil
 	}
-	sound := b.stop() && b.whole && !b.last && b.r.Buffered() == 0
+	sound := b.stop() && b.whole && !b.last && b.r.Buffered()+len(b.conn.ahead) == 0
 	giveReader(b.r)
+	b.conn.unstage()
+	b.conn.plenty = false
 	b.text, b.r = nil, nil
 	if sound {
 		b.conn.of.keep(b.conn)
