@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -225,6 +226,80 @@ func TestStreamsLendTheirReaders(t *testing.T) {
 	}
 	if n := connections.Load(); n > streams {
 		t.Errorf("%d streams at once took %d connections", streams, n)
+	}
+}
+
+// TestPlenty shows that what a server has sent all at once comes in large pieces, whole and in order,
+// that nothing of it waits for what comes later, and that a stream which waits has no stage.
+func TestPlenty(t *testing.T) {
+	burst, rest := make(chan []byte), make(chan []byte)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for _, from := range []chan []byte{burst, rest} {
+			text := <-from
+			for part := range slices.Chunk(text, 1+rand.IntN(2000)) {
+				_, _ = w.Write(part)
+			}
+			_ = http.NewResponseController(w).Flush()
+		}
+	}))
+	defer server.Close()
+	tr := newTransport()
+	defer tr.CloseIdleConnections()
+	staged := 0
+	for range 30 {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, server.URL, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		length := rand.IntN(20_000)
+		text := make([]byte, 0, 20*length)
+		for n := range length {
+			text = fmt.Appendf(text, "data: %d\n\n", n)
+		}
+		text = append(text, "data: the "...)
+		go func() { burst <- text }()
+		resp, err := tr.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := resp.Body.(*body).conn
+		var e events
+		e.begin(resp.Body)
+		expect := func(wait bool, want string) {
+			t.Helper()
+			if data, _, err := e.next(wait); err != nil || string(data) != want {
+				t.Fatalf("%q, %v, want %q of %d", data, err, want, length)
+			}
+		}
+		for n := 0; n < length; {
+			expect(true, strconv.Itoa(n)) // hangs if it waits for the rest
+			n++
+			for ; n < length && e.lineReady(); n++ {
+				if c.stage != nil {
+					staged++
+				}
+				expect(false, strconv.Itoa(n))
+			}
+		}
+		if data, _, err := e.next(false); !errors.Is(err, errNotYet) {
+			t.Fatalf("behind the last event is %q, %v", data, err)
+		}
+		if c.stage != nil {
+			t.Error("a stream that waits has a stage")
+		}
+		rest <- []byte("end\n\n")
+		expect(true, "the end")
+		if _, _, err := e.next(true); !errors.Is(err, io.EOF) {
+			t.Errorf("it ends with %v", err)
+		}
+		e.end()
+		_ = resp.Body.Close()
+		if c.stage != nil || len(c.ahead) > 0 || c.plenty {
+			t.Errorf("the connection is put by with %d bytes ahead, plenty %t", len(c.ahead), c.plenty)
+		}
+	}
+	if staged == 0 {
+		t.Error("nothing ever came in a large piece")
 	}
 }
 
