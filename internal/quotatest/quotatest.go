@@ -122,7 +122,7 @@ func (l *Books) Turn(_ context.Context, turn books.Turn) (out books.Outcomes, er
 		d.BudgetFree = l.Purse
 		out.Admit = append(out.Admit, d)
 	}
-	if flush := l.Flush; flush != nil && len(turn.Admit) == 1 && turn.Foreseen != nil {
+	if flush := l.Flush; flush != nil && len(turn.Admit) == 1 && out.Admit[0].Reason == books.Admitted && turn.Foreseen != nil {
 		l.mu.Unlock()
 		turn.Foreseen(out.Admit[0])
 		<-flush
