@@ -39,9 +39,9 @@ func (e estate) String() string {
 type Scaled struct {
 	estate
 	Rounds []Figure `json:"rounds"`
-	// Idle is how many cores `ownllm up` and Postgres keep busy while nobody asks for
-	// anything: mostly by heartbeats and pings.
-	Idle float64 `json:"cores_idle"`
+	// Idle is how many cores `ownllm up` and Postgres keep busy in each round while nobody
+	// asks for anything: mostly by heartbeats and pings.
+	Idle []float64 `json:"cores_idle"`
 }
 
 // scaleWork is the load on every estate.
@@ -55,57 +55,72 @@ const (
 	gatherLook = 300 * time.Millisecond
 )
 
-// measureScale measures each estate on a stack of its own.
+// settled is an estate with a stack of its own.
+type settled struct {
+	*stack
+	through target // with the keys of the estate
+	agents  []Enlisted
+	result  *Scaled
+}
+
+// measureScale measures the estates in turns, each on a stack of its own. Agents are there only while
+// theirs is measured, so that they cost the others nothing.
 func measureScale(ctx context.Context, c config, dir string, stderr io.Writer) ([]Scaled, error) {
-	var list []Scaled
+	list := make([]Scaled, len(c.size.estates))
+	var all []settled
 	for i, e := range c.size.estates {
-		scaled, err := measureEstate(ctx, c, e, filepath.Join(dir, fmt.Sprint("estate", i)), stderr)
+		s, err := startStack(ctx, c.binary, filepath.Join(dir, fmt.Sprint("estate", i)), stderr)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", e, err)
 		}
-		list = append(list, *scaled)
-		fmt.Fprintln(stderr, "scale:", e)
+		defer s.close()
+		list[i].estate = e
+		x := settled{stack: s, through: target{addr: s.through.addr}, result: &list[i]}
+		if x.through.keys, x.agents, err = s.found(ctx, e); err != nil {
+			return nil, fmt.Errorf("%s: %w", e, err)
+		}
+		all = append(all, x)
+	}
+	for round := range c.rounds {
+		for i := range all {
+			if round%2 == 1 {
+				i = len(all) - 1 - i
+			}
+			if err := all[i].measure(ctx, c, stderr); err != nil {
+				return nil, fmt.Errorf("%s: %w", all[i].result.estate, err)
+			}
+		}
+		fmt.Fprintf(stderr, "scale: round %d of %d\n", round+1, c.rounds)
 	}
 	return list, nil
 }
 
-func measureEstate(ctx context.Context, c config, e estate, dir string, stderr io.Writer) (*Scaled, error) {
-	s, err := startStack(ctx, c.binary, dir, stderr)
+// measure takes a round.
+func (x *settled) measure(ctx context.Context, c config, stderr io.Writer) error {
+	fleet, err := x.enlist(ctx, x.agents, stderr)
 	if err != nil {
-		return nil, err
-	}
-	defer s.close()
-	t := target{addr: s.through.addr}
-	var agents []Enlisted
-	if t.keys, agents, err = s.found(ctx, e); err != nil {
-		return nil, err
-	}
-	fleet, err := s.enlist(ctx, agents, stderr)
-	if err != nil {
-		return nil, err
+		return err
 	}
 	defer fleet.close()
-	if err := s.gather(ctx, fleet, e.Agents); err != nil {
-		return nil, err
+	if err := x.gather(ctx, fleet, len(x.agents)); err != nil {
+		return err
 	}
 	if err := pause(ctx, c.size.rest); err != nil {
-		return nil, err
+		return err
 	}
-	if _, err := s.load(ctx, t, scaleWork, warmUp+c.duration/2); err != nil {
-		return nil, err
+	if _, err := x.load(ctx, x.through, scaleWork, warmUp+c.duration/2); err != nil {
+		return err
 	}
-	result := &Scaled{estate: e}
-	if result.Idle, err = s.idle(ctx, t, c.size.rest); err != nil {
-		return nil, err
+	idle, err := x.idle(ctx, x.through, c.size.rest)
+	if err != nil {
+		return err
 	}
-	for range c.rounds {
-		f, err := s.load(ctx, t, scaleWork, c.duration)
-		if err != nil {
-			return nil, err
-		}
-		result.Rounds = append(result.Rounds, f)
+	f, err := x.load(ctx, x.through, scaleWork, c.duration)
+	if err != nil {
+		return err
 	}
-	return result, nil
+	x.result.Idle, x.result.Rounds = append(x.result.Idle, idle), append(x.result.Rounds, f)
+	return nil
 }
 
 // found makes the rows of an estate, and returns its keys and agents.
@@ -229,27 +244,32 @@ func pause(ctx context.Context, d time.Duration) error {
 func writeScale(out *bufio.Writer, list []Scaled) {
 	fmt.Fprintf(out, "\nWhat a request costs among few and among many, %s with keys by chance; CPU is that of\n"+
 		"ownllm up and Postgres together for each request in ms; beyond idle is what is left of it without the heartbeats\n"+
-		"and pings of the same time, which cost the same however many requests there are\n\n", scaleWork)
+		"and pings of the same time, which cost the same however many requests there are; ratios are taken in each round\n\n", scaleWork)
 	table := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
 	fmt.Fprintln(table, "tenants\tkeys\tagents\trequests/s\tfirst token p50, ms\tCPU\tratio\tbeyond idle\tratio\tcores busy when idle")
-	over := func(s *Scaled, value func(Figure) float64) spread {
+	over := func(s *Scaled, value func(s *Scaled, round int) float64) spread {
 		values := make([]float64, len(s.Rounds))
-		for i, f := range s.Rounds {
-			values[i] = value(f)
+		for round := range values {
+			values[round] = value(s, round)
 		}
 		return spreadOf(values)
 	}
-	cost := func(f Figure) float64 { return (f.CPUBroker + f.CPUPostgres) / 1e3 }
-	beyond := func(s *Scaled) spread {
-		return over(s, func(f Figure) float64 { return cost(f) - s.Idle*1e3/f.PerSecond })
+	cost := func(s *Scaled, round int) float64 {
+		return (s.Rounds[round].CPUBroker + s.Rounds[round].CPUPostgres) / 1e3
 	}
-	first, firstBeyond := over(&list[0], cost).mid, beyond(&list[0]).mid
+	beyond := func(s *Scaled, round int) float64 {
+		return cost(s, round) - s.Idle[round]*1e3/s.Rounds[round].PerSecond
+	}
+	ofFirst := func(value func(*Scaled, int) float64) func(*Scaled, int) float64 {
+		return func(s *Scaled, round int) float64 { return value(s, round) / value(&list[0], round) }
+	}
 	for i := range list {
 		s := &list[i]
-		fmt.Fprintf(table, "%d\t%d\t%d\t%s\t%s\t%s\t%.2f\t%s\t%.2f\t%.3f\n", s.Tenants, s.Keys, s.Agents,
-			over(s, func(f Figure) float64 { return f.PerSecond }).text(0),
-			over(s, func(f Figure) float64 { return f.FirstP50 / 1e3 }).text(2),
-			over(s, cost).text(3), over(s, cost).mid/first, beyond(s).text(3), beyond(s).mid/firstBeyond, s.Idle)
+		fmt.Fprintf(table, "%d\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.Tenants, s.Keys, s.Agents,
+			over(s, func(s *Scaled, round int) float64 { return s.Rounds[round].PerSecond }).text(0),
+			over(s, func(s *Scaled, round int) float64 { return s.Rounds[round].FirstP50 / 1e3 }).text(2),
+			over(s, cost).text(3), over(s, ofFirst(cost)).text(2), over(s, beyond).text(3), over(s, ofFirst(beyond)).text(2),
+			over(s, func(s *Scaled, round int) float64 { return s.Idle[round] }).text(3))
 	}
 	_ = table.Flush() // writes to out, whose error counts
 }
