@@ -110,39 +110,45 @@ func TestOneIsAsMany(t *testing.T) {
 	}
 }
 
-// What a turn has decided is told before it is committed, and may come to nothing.
+// What a turn has decided is told before it is written, let alone committed, and may come to nothing.
 func TestForeseen(t *testing.T) {
 	s := open(t)
 	c := newClient(t, s, limits{cents: 2, concurrency: 100, qps: 1000})
 	c.must(s.Exec(t.Context(), `
-		CREATE TABLE commits (may boolean);
-		CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-			WHILE NOT EXISTS (SELECT FROM commits) LOOP PERFORM pg_sleep(0.01); END LOOP;
-			IF NOT (SELECT bool_and(may) FROM commits) THEN RAISE 'no'; END IF;
-			RETURN NULL;
-		END $$;
-		CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON reservations DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION at_commit()`))
+		CREATE TABLE told (may boolean);
+		CREATE FUNCTION once_told() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+			WHILE NOT EXISTS (SELECT FROM told) LOOP PERFORM pg_sleep(0.01); END LOOP;
+			IF NOT (SELECT bool_and(may) FROM told) THEN RAISE 'no'; END IF;
+			RETURN NEW;
+		END $$`))
 	known := func(a books.Ask) (n int64) {
 		n, err := books.Query[int64](t.Context(), s, `SELECT count(*) FROM reservations WHERE id = $1`, a.Request)
 		c.must(err)
 		return n
 	}
-	for _, may := range []bool{false, true} {
-		c.must(s.Exec(t.Context(), `TRUNCATE commits`))
-		a := c.ask(1, 10)
-		calls := 0
-		out, err := s.Turn(t.Context(), books.Turn{Admit: []books.Ask{a}, Lease: c.lease, Foreseen: func(d books.Decision) {
-			calls++
-			if d.Reason != books.Admitted || d.Limit != 10 {
-				t.Errorf("foreseen is %+v", d)
+	for _, until := range []string{
+		`CREATE TRIGGER once_told BEFORE INSERT ON reservations FOR EACH ROW EXECUTE FUNCTION once_told()`,
+		`CREATE TRIGGER once_told BEFORE UPDATE ON tenant_buckets FOR EACH ROW EXECUTE FUNCTION once_told()`,
+		`CREATE CONSTRAINT TRIGGER once_told AFTER INSERT ON reservations DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION once_told()`,
+	} {
+		c.must(s.Exec(t.Context(), `DROP TRIGGER IF EXISTS once_told ON reservations; DROP TRIGGER IF EXISTS once_told ON tenant_buckets; `+until))
+		for _, may := range []bool{false, true} {
+			c.must(s.Exec(t.Context(), `TRUNCATE told`))
+			a := c.ask(1, 10)
+			calls := 0
+			out, err := s.Turn(t.Context(), books.Turn{Admit: []books.Ask{a}, Lease: c.lease, Foreseen: func(d books.Decision) {
+				calls++
+				if d.Reason != books.Admitted || d.Limit != 10 {
+					t.Errorf("foreseen is %+v", d)
+				}
+				if known(a) != 0 {
+					t.Error("it was told after the commit")
+				}
+				c.must(s.Exec(t.Context(), `INSERT INTO told VALUES ($1)`, may))
+			}})
+			if calls != 1 || (err == nil) != may || known(a) != int64(len(out.Admit)) {
+				t.Errorf("%s: may be: %t; told %d times, %d known, and the turn is %+v, %v", until, may, calls, known(a), out, err)
 			}
-			if known(a) != 0 {
-				t.Error("it was told after the commit")
-			}
-			c.must(s.Exec(t.Context(), `INSERT INTO commits VALUES ($1)`, may))
-		}})
-		if calls != 1 || (err == nil) != may || known(a) != int64(len(out.Admit)) {
-			t.Errorf("the commit may be: %t; told %d times, %d known, and the turn is %+v, %v", may, calls, known(a), out, err)
 		}
 	}
 }
