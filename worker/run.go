@@ -112,7 +112,7 @@ func (r *run) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if prompt > 0 && r.job.Count {
+	if prompt > 0 && (r.job.Count || from != nil) {
 		r.counted(prompt)
 	}
 	r.prompt.Store(int64(prompt))
@@ -280,7 +280,8 @@ func (r *run) relay(ctx context.Context, b *backend.Backend, body []byte, first 
 			return schemas.Errorf(schemas.CodeBackendError, "The inference backend sent a chunk of %d bytes, more than the %d that can be passed on.", len(lines), maxPiece)
 		}
 		if len(lines) > 0 {
-			if r.job.CountLate && r.told.Load() == 0 {
+			// Of a reply that goes on where another broke off, the backend tells the prompt and what was said.
+			if r.job.CountLate && r.job.Continue == nil && r.told.Load() == 0 {
 				r.told.Store(int64(reply.Usage().PromptTokens))
 			}
 			if sendErr := r.chunk(ctx, lines, reply.Tokens()); sendErr != nil {

@@ -342,11 +342,7 @@ func (r *Reply) Tokens() int {
 // Usage is what the reply burnt, final once Next has returned io.EOF, Body its reply, or
 // the reply was Cut. The prompt is 0 if neither the server nor the Call told its size.
 func (r *Reply) Usage() schemas.Usage {
-	prompt := r.call.prompt()
-	if r.rewriter.prompt >= 0 {
-		prompt = r.rewriter.prompt
-	}
-	return schemas.Usage{PromptTokens: prompt, CompletionTokens: r.Tokens()}
+	return schemas.Usage{PromptTokens: r.rewriter.promptSize(r.call.prompt()), CompletionTokens: r.Tokens()}
 }
 
 // Close ends the reply. A server that is still generating is cut off, which makes it

@@ -276,19 +276,21 @@ func TestContinueOnVLLM(t *testing.T) {
 	}
 }
 
-// What the server says of the prompt has the text in it; without a count of its own it is
-// what is left without that.
+// What the server says of the prompt has the text in it; without a count of its own, be it a late
+// one, it is what is left without that.
 func TestContinueWithoutACount(t *testing.T) {
 	f, b := newVLLMThatContinues(t)
 	f.set(chatRoute, streams(chunks(`{"prompt_tokens":17,"completion_tokens":1}`, "!")))
 	c := resumed(`{"model":"base","messages":[{"role":"user","content":"Hi"}]}`, "Once", 5, 0)
 	c.Model = "base"
-	for counted, want := range map[int]int{0: 12, 13: 13} {
-		c.Prompt = func() int { return counted }
+	for counted, want := range map[[2]int]int{{0, 0}: 12, {13, 13}: 13, {0, 13}: 13} { // before and after the call
+		n := counted[0]
+		c.Prompt = func() int { return n }
 		r, err := b.Chat(t.Context(), c)
 		if err != nil {
 			t.Fatal(err)
 		}
+		n = counted[1]
 		out, err := drain(r)
 		if got := listen(t, out).usage; err != nil || got != (schemas.Usage{PromptTokens: want, CompletionTokens: 6}) || r.Usage() != got {
 			t.Errorf("%v, usage %+v, %+v", err, got, r.Usage())

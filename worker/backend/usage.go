@@ -76,10 +76,18 @@ func (w *rewriter) multiply() bool {
 	return true
 }
 
-func (w *rewriter) appendUsage(dst []byte, prompt, tokens int) []byte {
-	if w.prompt >= 0 {
-		prompt = w.prompt
+// promptSize is the size of the prompt: what the server told of it, unless that is guessed from a
+// prompt with the text that it goes on from, and the prompt was counted meanwhile. counted is 0 if
+// it wasn't.
+func (w *rewriter) promptSize(counted int) int {
+	if w.prompt < 0 || w.continued && !w.told && counted > 0 {
+		return counted
 	}
+	return w.prompt
+}
+
+func (w *rewriter) appendUsage(dst []byte, prompt, tokens int) []byte {
+	prompt = w.promptSize(prompt)
 	dst = strconv.AppendInt(append(dst, `{"prompt_tokens":`...), int64(prompt), 10)
 	dst = strconv.AppendInt(append(dst, `,"completion_tokens":`...), int64(tokens), 10)
 	dst = strconv.AppendInt(append(dst, `,"total_tokens":`...), int64(prompt+tokens), 10)
