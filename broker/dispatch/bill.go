@@ -122,7 +122,7 @@ func (r *Reply) admit(agent schemas.AgentID, foreseen func(quota.Grant)) error {
 	return nil
 }
 
-// foreseen takes in a grant that the books are still writing to disk, so that the agent can
+// foreseen takes in a grant that the books have decided on and not written yet, so that the agent can
 // begin meanwhile. Nothing of the reply gets to anybody before Start has returned, and that
 // waits for the books. If nothing comes of the grant after all, Start fails and the attempt
 // is taken back; the settlement is then of a request that the books don't have.

@@ -120,7 +120,7 @@ func (g *Gate) Admit(ctx context.Context, ask Ask) (Grant, error) {
 }
 
 // AdmitForeseen is Admit, and tells, if it can and foreseen isn't nil, what the books have
-// decided to grant while they are still being written to disk. Until AdmitForeseen returns
+// decided to grant before they have written it down. Until AdmitForeseen returns
 // it, that may come to nothing, and whatever was begun on the strength of it has to be undone.
 // foreseen is called from another goroutine, and must not block; if ctx ends, it may be called
 // after AdmitForeseen has returned.
